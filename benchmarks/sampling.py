@@ -1,0 +1,190 @@
+"""How fast the sampler is, as ratios within one run: positions-only against dense, prepared against not, bf16 against
+float32, by batch size and model size, and where the time goes.
+
+    python benchmarks/sampling.py --models emoji class-t-256 --out benchmarks/sampling.json
+
+The variants of one model are timed in turn, A B C A B C ..., and the medians compared, so that a drift of the
+machine's speed touches all alike. Networks named after a published size have random weights: their speed does not
+depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from unmask.models.presets import TOKENIZERS, TRANSFORMERS, build
+from unmask.models.transformer import ClassTransformer, MaskedTransformer, TextTransformer
+from unmask.pipeline import EMBEDDED, load_model
+from unmask.sampling import Prepare, Settings, draw, generate, prepare_labels, prepare_text
+
+
+class Dense:
+    """The same model with logits of all positions at every step, as the public code computes them; the sampler
+    takes those it needs from them."""
+
+    def __init__(self, model: MaskedTransformer) -> None:
+        self.model, self.config = model, model.config
+
+    def encode(self, tokens: torch.Tensor, prepared: object) -> torch.Tensor:
+        return self.model.encode(tokens, prepared)  # type: ignore[arg-type]
+
+    def logits(self, hidden: torch.Tensor, prepared: object, positions: torch.Tensor | None = None) -> torch.Tensor:
+        dense = self.model.logits(hidden, prepared)  # type: ignore[arg-type]
+        draw(dense, torch.rand(dense.shape[:2]), 1.0)
+        assert positions is not None
+        return dense.gather(1, positions[..., None].expand(-1, -1, dense.shape[-1]))
+
+
+class Unprepared:
+    """The same model with everything that depends on the condition alone computed again at every step."""
+
+    def __init__(self, model: MaskedTransformer, condition: Callable[[], Prepare]) -> None:
+        self.model, self.config, self.condition = model, model.config, condition
+
+    def encode(self, tokens: torch.Tensor, prepared: object) -> torch.Tensor:
+        self.prepared = self.condition()(slice(None), len(tokens) > self.batch)
+        return self.model.encode(tokens, self.prepared)
+
+    def logits(self, hidden: torch.Tensor, prepared: object, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model.logits(hidden, self.prepared, positions)
+
+    batch = 1
+
+
+def load(name: str, dtype: torch.dtype) -> MaskedTransformer:
+    if name in EMBEDDED:
+        model = load_model(name, dtype)
+    else:
+        torch.manual_seed(0)
+        model = build(name, dtype=dtype).eval().requires_grad_(False)
+    assert isinstance(model, MaskedTransformer)
+    return model
+
+
+def conditions(model: MaskedTransformer, batch: int) -> Prepare:
+    dtype = model.head_bias.dtype
+    if isinstance(model, ClassTransformer):
+        return prepare_labels(model, torch.arange(batch) % model.config.classes)
+    assert isinstance(model, TextTransformer)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(batch, model.config.text_length or 120, model.config.text_dim, generator=generator)
+    return prepare_text(model, text.to(dtype))
+
+
+def variants(name: str, batch: int, settings: Settings, with_bf16: bool) -> dict[str, Callable[[], object]]:
+    """What is timed: the name of each variant and a function that draws one batch with it."""
+    model = load(name, torch.float32)
+    seeds = list(range(batch))
+    unprepared = Unprepared(model, lambda: conditions(model, batch))
+    unprepared.batch = batch
+    timed: dict[str, Callable[[], object]] = {
+        "positions-only": lambda: generate(model, conditions(model, batch), seeds, settings),
+        "dense": lambda: generate(Dense(model), conditions(model, batch), seeds, settings),
+        "not prepared": lambda: generate(unprepared, conditions(model, batch), seeds, settings),
+    }
+    if batch > 1:
+        timed["one by one"] = lambda: generate(model, conditions(model, batch), seeds, settings, chunk=1)
+    if with_bf16:
+        half = load(name, torch.bfloat16)
+        timed["bf16"] = lambda: generate(half, conditions(half, batch), seeds, settings)
+    return timed
+
+
+def interleaved(timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for round_ in range(repeats + 1):
+        for name, run in timed.items():
+            began = time.perf_counter()
+            run()
+            if round_:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def shares(name: str, settings: Settings) -> dict[str, float]:
+    """Shares of one picture's time: transformer blocks, head, draw and the rest of the loop, decoding."""
+    model = load(name, torch.float32)
+    times = {"transformer": 0.0, "head": 0.0}
+
+    class Timed:
+        config = model.config
+
+        def encode(self, tokens: torch.Tensor, prepared: object) -> torch.Tensor:
+            began = time.perf_counter()
+            hidden = model.encode(tokens, prepared)  # type: ignore[arg-type]
+            times["transformer"] += time.perf_counter() - began
+            return hidden
+
+        def logits(self, hidden: torch.Tensor, prepared: object, positions: torch.Tensor | None = None) -> torch.Tensor:
+            began = time.perf_counter()
+            features = model.features(hidden, prepared, positions)  # type: ignore[arg-type]
+            middle = time.perf_counter()
+            size = model.config.codebook_size
+            logits = torch.nn.functional.linear(features, model.token_embedding.weight[:size], model.head_bias[:size])
+            times["transformer"] += middle - began
+            times["head"] += time.perf_counter() - middle
+            return logits.float()
+
+    generate(Timed(), conditions(model, 1), [0], settings)
+    times.update(transformer=0.0, head=0.0)
+    began = time.perf_counter()
+    tokens = generate(Timed(), conditions(model, 1), [0], settings)
+    total = time.perf_counter() - began
+    times["draw and loop"] = total - times["transformer"] - times["head"]
+    if name in EMBEDDED:
+        from unmask.pipeline import Pipeline
+
+        tokenizer = Pipeline.from_pretrained(name).tokenizer
+    else:
+        tokenizer = build("vq-ds16" if model.config.patch == 1 else "vq-ds8").eval()
+        assert tokenizer.config.codebook_size == model.config.codebook_size and TOKENIZERS
+    grid = tokens.view(1, *model.config.grid)
+    tokenizer.decode(grid)
+    began = time.perf_counter()
+    tokenizer.decode(grid)
+    times["decode"] = time.perf_counter() - began
+    whole = sum(times.values())
+    return {"seconds": whole, **{part: value / whole for part, value in times.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["emoji", "emoji-class"], choices=[*EMBEDDED, *TRANSFORMERS])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-bf16", action="store_true", help="leave bf16 out, where the processor emulates it")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    settings = Settings(num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale)
+    report: dict[str, object] = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                                 "torch": torch.__version__, "steps": arguments.steps, "models": {}}
+    for name in arguments.models:
+        rows = {}
+        for batch in arguments.batches:
+            medians = interleaved(variants(name, batch, settings, not arguments.no_bf16), arguments.repeats)
+            base = medians["positions-only"]
+            rows[batch] = {"seconds_an_image": base / batch, **{f"{k} / positions-only": v / base
+                                                                for k, v in medians.items() if k != "positions-only"}}
+            print(f"{name}, batch {batch}: {base / batch * 1000:.0f} ms an image; " + ", ".join(
+                f"{k} {v / base:.2f}x" for k, v in medians.items() if k != "positions-only"), flush=True)
+        parts = shares(name, settings)
+        print(f"{name}, one picture {parts['seconds'] * 1000:.0f} ms: " + ", ".join(
+            f"{k} {v:.0%}" for k, v in parts.items() if k != "seconds"), flush=True)
+        report["models"][name] = {"batches": rows, "shares": parts}  # type: ignore[index]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Images in, tokens out: image sources, memory-mapped token shards and the emoji archive."""

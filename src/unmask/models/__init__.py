@@ -1,0 +1,1 @@
+"""Masked transformers for class labels and for text, and the published sizes."""

@@ -1,0 +1,1 @@
+"""VQ tokenizers: a picture to a grid of tokens and back."""

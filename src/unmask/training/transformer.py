@@ -1,0 +1,148 @@
+"""Training class and text transformers on token folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import write_model
+from ..data.prompts import prompt, varied_prompt
+from ..data.tokens import TokenDataset
+from ..models.transformer import (
+    ClassTransformer,
+    MaskedTransformer,
+    TextTransformer,
+    TransformerConfig,
+    build_transformer,
+)
+from ..sampling import Prepare, Settings, generate, prepare_labels, prepare_text
+from ..text import TextEncoder
+from ..tokenizers.vqgan import VQGAN
+from .loop import RunConfig, batch_indices, step_generator
+from .objective import MaskObjective, draw_mask, masked_loss
+from .tokenizer import save_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What the pictures are drawn from: the field of a record that is the class, with its names, or a text encoder."""
+
+    label_field: str = ""
+    class_names: tuple[str, ...] = ()
+    text_encoder: TextEncoder | None = None
+    text_encoder_name: str | None = None
+
+
+class TransformerTask:
+    """Trains a transformer on the pictures of `data` whose split is "train"; "held-pair" and "held-concept" pictures
+    are only measured.
+
+    tokenizer and sampler serve the sample grids and the model folder, which becomes a whole pipeline; `sampler` holds
+    its default settings.
+    """
+
+    def __init__(self, config: TransformerConfig, objective: MaskObjective, run: RunConfig, data: TokenDataset,
+                 condition: Conditioning, tokenizer: VQGAN, sampler: Settings, tokenizer_ref: str | None = None,
+                 card: dict[str, Any] | None = None) -> None:
+        if tuple(data.grid) != config.grid or data.codebook_size != config.codebook_size:
+            raise ValueError(f"{data.folder}: tokens of a {data.grid[0]}x{data.grid[1]} grid and {data.codebook_size} "
+                             f"codes do not fit a model of {config.grid[0]}x{config.grid[1]} and "
+                             f"{config.codebook_size}")
+        state = torch.random.get_rng_state()
+        torch.manual_seed(run.seed)
+        self.model: MaskedTransformer = build_transformer(config)
+        torch.random.set_rng_state(state)
+        self.objective, self.run, self.data, self.condition = objective, run, data, condition
+        self.tokenizer, self.tokenizer_ref, self.sampler, self.card = tokenizer, tokenizer_ref, sampler, card or {}
+        self.index = data.select(split="train")
+        self.labels = torch.zeros(0, dtype=torch.int64)
+        if config.condition == "class":
+            numbers = {name: i for i, name in enumerate(condition.class_names)}
+            self.labels = torch.tensor([numbers[str(r[condition.label_field])] for r in data.records])
+
+    def _prepared(self, index: Tensor, null: Tensor, generator: torch.Generator | None) -> Any:
+        """Prepared conditions of pictures; varied wordings where a generator is given."""
+        if isinstance(self.model, ClassTransformer):
+            return self.model.prepare(self.labels[index], null)
+        assert isinstance(self.model, TextTransformer) and self.condition.text_encoder is not None
+        records = [self.data.records[i] for i in index.tolist()]
+        prompts = [prompt(r) if generator is None else varied_prompt(r, generator) for r in records]
+        return self.model.prepare(self.condition.text_encoder.encode(prompts), null)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = step_generator(self.run.seed, step, purpose=2)
+        index = self.index[batch_indices(len(self.index), self.run.batch_size, self.run.seed, step)]
+        variant = torch.randint(self.data.variants, (len(index),), generator=generator)
+        tokens = self.data.tokens(index, variant)
+        mask = draw_mask(*tokens.shape, self.objective.schedule, generator)
+        null = torch.rand(len(index), generator=generator) < self.objective.condition_dropout
+        prepared = self._prepared(index, null, generator)
+        return masked_loss(self.model, tokens, mask, prepared, self.objective.loss_on), {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def prepare_for(self, model: nn.Module, index: Tensor) -> Prepare:
+        """The sampler's conditions for some pictures of the data."""
+        if isinstance(model, ClassTransformer):
+            return prepare_labels(model, self.labels[index])
+        assert isinstance(model, TextTransformer) and self.condition.text_encoder is not None
+        return prepare_text(model, self.condition.text_encoder.encode([prompt(self.data.records[i])
+                                                                       for i in index.tolist()]))
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
+        """Real pictures above generated ones of the same condition, seen pictures first, then held-out pairs; and the
+        masked loss on up to 512 pictures of each split at fixed masks."""
+        assert isinstance(model, MaskedTransformer)
+        figures, rows = {}, []
+        trained, self.model = self.model, model
+        for split in ("train", "held-pair", "held-concept"):
+            index = self.data.select(split=split)
+            if not len(index):
+                continue
+            index = index[torch.randperm(len(index), generator=step_generator(0, 0, purpose=5))][:512]
+            total = 0.0
+            for i, part in enumerate(index.split(128)):
+                tokens = self.data.tokens(part)
+                mask = draw_mask(*tokens.shape, self.objective.schedule, step_generator(0, i, purpose=6))
+                prepared = self._prepared(part, torch.zeros(len(part), dtype=torch.bool), None)
+                total += float(masked_loss(model, tokens, mask, prepared)) * len(part)
+            figures[f"loss_{split}"] = total / len(index)
+            shown = index[:16]
+            drawn = generate(model, self.prepare_for(model, shown), list(range(len(shown))), self.sampler)
+            grid = (-1, *model.config.grid)
+            rows += [self.tokenizer.decode(t.view(grid)) for t in (self.data.tokens(shown), drawn) if len(shown) == 16]
+        self.model = trained
+        if rows:
+            save_grid(rows, path)
+        return figures
+
+    def save(self, model: nn.Module, folder: Path, step: int) -> None:
+        """A whole pipeline folder with bf16 weights; the tokenizer by reference where `tokenizer_ref` names one."""
+        assert isinstance(model, MaskedTransformer)
+        weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+        config: dict[str, Any] = {
+            "kind": "pipeline", "transformer": dataclasses.asdict(model.config),
+            "text_encoder": self.condition.text_encoder_name,
+            "class_names": list(self.condition.class_names) or None,
+            "sampler": dataclasses.asdict(self.sampler), **self.card,
+            "training": {"steps": step, "objective": dataclasses.asdict(self.objective),
+                         "run": dataclasses.asdict(self.run)}}
+        if self.tokenizer_ref:
+            config["tokenizer"] = self.tokenizer_ref
+        write_model(folder, {"transformer": weights}, config)
+        if not self.tokenizer_ref:
+            write_model(folder / "tokenizer", {"tokenizer": self.tokenizer.state_dict()},
+                        {"kind": "tokenizer", "tokenizer": dataclasses.asdict(self.tokenizer.config)})
+
+    def describe(self) -> dict[str, Any]:
+        return {"transformer": dataclasses.asdict(self.model.config),
+                "objective": dataclasses.asdict(self.objective), "pictures": len(self.index)}
