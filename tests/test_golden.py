@@ -25,8 +25,9 @@ SAMPLING = json.loads((DATA / "schedules_orders.json").read_text())
 TRANSFORMER_LAYOUTS = {"class_tiny_256": "ImageNet_256_tiny", "class_small_384": "ImageNet_384_small",
                        "class_patch2": "class_patch2_demo", "text_patch2": "text_patch2_demo"}
 PRESETS = {"ImageNet_256_tiny": "class-t-256", "ImageNet_256_small": "class-s-256",
-           "ImageNet_256_base": "class-b-256", "ImageNet_384_small": "class-s-384", "ImageNet_384_base": "class-b-384",
-           "ImageNet_384_large": "class-l-384", "class_table2_xl": "class-xl-2", "text_table2": "text-l-2",
+           "ImageNet_256_base": "class-b-256", "ImageNet_384_small": "class-s-384",
+           "ImageNet_384_base": "class-b-384", "ImageNet_384_large": "class-l-384",
+           "class_table2_xl": "class-xl-2", "text_table2": "text-l-2",
            "llamagen_VQ-16": "vq-ds16", "llamagen_VQ-8": "vq-ds8"}
 
 
@@ -35,7 +36,8 @@ def fill(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     weights = {}
     for name, shape in shapes.items():
         key = "tok_emb.weight" if name == "head.weight" else name
-        values = 0.05 * np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+        generator = np.random.default_rng(zlib.crc32(key.encode()))
+        values = 0.05 * generator.standard_normal(shape, dtype=np.float32)
         if name.endswith(".weight") and len(shape) == 1:
             values += 1
         weights[name] = torch.from_numpy(values)
@@ -147,4 +149,5 @@ def test_cumulative_counts(key: str) -> None:
 def test_halton_orders(size: str) -> None:
     side = int(size)
     order = halton_order((side, side))
-    assert torch.stack([order // side, order % side], dim=1).tolist() == SAMPLING["halton_order_row_col"][size]
+    pairs = torch.stack([order // side, order % side], dim=1).tolist()
+    assert pairs == SAMPLING["halton_order_row_col"][size]

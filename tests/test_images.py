@@ -275,9 +275,8 @@ def test_to_tensor_is_average_of_composited_pixels(size, colour):
     got = to_tensor(picture(), size, colour)
     assert got.dtype == torch.uint8
     assert got.shape == (3, size, size)
-    assert (
-        np.abs(got.permute(1, 2, 0).numpy() - expected).max() <= 1.5
-    )  # compositing and two passes each round by half
+    # Compositing and the two passes of the resize each round by half.
+    assert np.abs(got.permute(1, 2, 0).numpy() - expected).max() <= 1.5
 
 
 @pytest.mark.parametrize("size", [24, 12, 8])

@@ -22,7 +22,7 @@ GOLDEN = {
     "São": ["sao"],
     "CAFÉ": ["cafe"],
     "Ångström": ["ang", "##strom"],
-    "photosynthesis": ["photos", "##yn", "##thesis"],
+    "slipperlike": ["slip", "##per", "##like"],  # "slipper" is a whole word and cuts no other
     "antidisestablishmentarianism": [
         "anti",
         "##dis",
@@ -109,6 +109,9 @@ def test_a_word_that_cannot_be_cut_has_no_pieces() -> None:
     assert wordpieces("abc", vocabulary) == []
     assert wordpieces("a" + "b" * 99, vocabulary) == ["a"] + ["##b"] * 99
     assert wordpieces("a" + "b" * 100, vocabulary) == []  # BERT's limit is 100 characters
+    whole = vocabulary | {" abb": 2}
+    assert wordpieces("abb", whole) == [" abb"]
+    assert wordpieces("abbb", whole) == ["a", "##b", "##b", "##b"]
 
 
 # --- word vectors: encoding
@@ -159,7 +162,7 @@ def test_unseen_words_lie_near_their_synonyms(encoder: WordVectors, query: str, 
 
 
 def test_long_prompts_are_cut_and_the_loss_is_named(encoder: WordVectors) -> None:
-    with pytest.warns(UserWarning, match="has 5 tokens and 3 are read; dropped: pikachu") as record:
+    with pytest.warns(UserWarning, match="has 5 tokens and 3 are read; dropped: kachu") as record:
         out = WordVectors.load(max_length=3).encode(["red dog pikachu"])
     assert record[0].filename == __file__
     assert torch.equal(out, encoder.encode(["red dog pi"])[:, :3])
@@ -308,8 +311,8 @@ def test_word_lists(tmp_path) -> None:
     expected = ["apple", "fruit", "hat", "red", "woman"]
     assert distillation.emojibase_words(data) == expected
     assert distillation.emojibase_words(tmp_path / "emojibase.tgz") == expected
-    (tmp_path / "english-words.10").write_text("dog\ndog's\nox\nant\n", encoding="latin-1")
-    (tmp_path / "english-words.20").write_text("ant\ncafé\n", encoding="latin-1")
+    (tmp_path / "english-words.10").write_text("dog\ndog's\nox\nant\n", encoding="utf-8")
+    (tmp_path / "english-words.20").write_text("ant\ncafé\n", encoding="utf-8")
     assert distillation.scowl_words(tmp_path, sizes=(10, 20)) == ["ant", "cafe", "dog"]
 
 

@@ -7,26 +7,42 @@ safetensors. A training state is a single safetensors file. What is on disk is w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import hashlib
 import json
 import os
 import shutil
+import types
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import UsageError
+
 FORMAT_VERSION = 1
+T = TypeVar("T")
 
 
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal sha256 over the names and the bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -45,10 +61,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, marker: str = "config.json") -> Iterator[Path]:
     """Yields an empty temporary folder beside `folder`; on success it takes the place of `folder`, on any error it is
-    removed and `folder` stays as it was."""
+    removed and `folder` stays as it was.
+
+    Raises UsageError for an existing folder that holds files but no `marker`: it is none of ours to replace.
+    """
     folder = Path(folder)
+    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and holds no {marker}: it is not replaced, give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -62,7 +83,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -111,24 +137,77 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads `config.json` of a model folder and checks its format version."""
-    path = Path(folder) / "config.json"
+def read_versioned(path: Path) -> dict[str, Any]:
+    """Reads a JSON object that we wrote and checks its format version."""
     config = read_json(path)
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int):
-        raise ValueError(f"{path}: the field 'format_version' is missing: not a model folder of unmask")
+        raise ValueError(f"{path}: the field 'format_version' is missing: not a file of unmask")
     if version > FORMAT_VERSION:
         raise ValueError(f"{path}: written by a newer unmask (format {version}, this one reads up to "
                          f"{FORMAT_VERSION}): upgrade unmask")
     return config
 
 
-def field(config: Mapping[str, Any], name: str, path: Path) -> Any:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `config.json` of a model folder and checks its format version."""
+    path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    return read_versioned(path)
+
+
+def field(config: Any, name: str, path: Path) -> Any:
     """`config[name]`, or a ValueError that names the file and the missing field."""
-    if name not in config:
+    if not isinstance(config, Mapping) or name not in config:
         raise ValueError(f"{path}: the field '{name}' is missing")
     return config[name]
+
+
+def from_json(kind: type[T], values: Any, source: Path | str) -> T:
+    """The dataclass `kind`, and those inside it, from what dataclasses.asdict and JSON made of it.
+
+    Raises ValueError naming `source` and the field that is missing, unknown, or does not fit its type or its range.
+    """
+    try:
+        made: T = _decode(kind, values, str(source), "")
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return made
+
+
+def _decode(hint: Any, value: Any, source: str, name: str) -> Any:
+    options = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _decode_dataclass(hint, value, source, f"{name}." if name else "")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for option in options:
+            with contextlib.suppress(TypeError):
+                return _decode(option, value, source, name)
+    elif typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        each = options[:1] * len(value) if options[-1] is Ellipsis else options
+        if len(each) == len(value):
+            return tuple(_decode(h, v, source, name) for h, v in zip(each, value, strict=True))
+    elif hint is float and type(value) in (int, float) or type(value) is hint:
+        return value
+    shown = hint.__name__ if isinstance(hint, type) and not options else str(hint)
+    raise TypeError(f"{source}: the field '{name}' must be {shown.replace('NoneType', 'None')}, got {value!r}")
+
+
+def _decode_dataclass(kind: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
+    fields = dataclasses.fields(kind)
+    for name in values.keys() - {f.name for f in fields}:
+        near = difflib.get_close_matches(name, [f.name for f in fields], n=1)
+        raise TypeError(f"{source}: the field '{prefix}{name}' is unknown" + (f": did you mean {near[0]}?" if near else ""))
+    for f in fields:
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise TypeError(f"{source}: the field '{prefix}{f.name}' is missing")
+    hints = typing.get_type_hints(kind)
+    decoded = {name: _decode(hints[name], value, source, prefix + name) for name, value in values.items()}
+    try:
+        return kind(**decoded)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def write_model(folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any],

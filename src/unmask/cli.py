@@ -5,22 +5,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from .errors import UnknownName, UsageError
+from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from .pictures import Made
+    from .pipeline import Output, Pipeline
+    from .sampling import Step
+
+# Options that may be absent: what holds then stands in their help, so that "(default: None)" need not.
+File = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+Number = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Real = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
+Text = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Texts = Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+Json = Annotated[bool, arg(name="json", help_behavior_hint="")]
 
 
 @contextlib.contextmanager
@@ -32,125 +45,138 @@ def usage() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
-def _check_out(path: Path, force: bool) -> None:
-    """Refuses what would overwrite or cannot be written, before any work is done."""
-    if path.is_file() and not force:
-        raise UsageError(f"{path} exists: give another --out, or --force to overwrite it")
-    folder = path if path.is_dir() else path.parent
+def _check_file(path: Path, suffixes: tuple[str, ...], force: bool) -> None:
+    """Refuses, before any work is done, a file that exists, cannot be written, or is of another kind."""
+    if not path.name.lower().endswith(suffixes):
+        raise UsageError(f"{path}: give a name that ends in {' or '.join(suffixes)}")
+    if path.exists() and not (force and path.is_file()):
+        raise UsageError(f"{path} exists: give another name{', or --force to overwrite it' if path.is_file() else ''}")
+    _check_folder(path.parent)
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder: make it first, or give another --out")
-    probe = folder / f".unmask-{time.time_ns()}.tmp"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written to ({error.strerror}): give another --out") from None
+        raise UsageError(f"{folder}: no such folder: make it first, or give another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder}: cannot be written to: give another folder")
+
+
+def _check_picture(out: Path, force: bool) -> None:
+    """`out` is a folder that exists, or a PNG file that does not."""
+    if out.is_dir():
+        _check_folder(out)
+    elif not out.suffix and not out.exists():
+        raise UsageError(f"{out}: no such folder: make it first, or give a name that ends in .png")
+    else:
+        _check_file(out, (".png",), force)
+
+
+def _check_new(folder: Path, force: bool) -> None:
+    if folder.exists() and not force:
+        raise UsageError(f"{folder} exists: give another --out, or --force to replace it")
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-") or "picture"
 
 
-def _free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
+def _free_name(folder: Path, stem: str) -> Path:
     """`stem.png`, or the first of `stem-2.png`, `stem-3.png`, ... that does not exist."""
     number = 1
-    while (path := folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}").exists():
+    while (path := folder / f"{stem}{'' if number == 1 else f'-{number}'}.png").exists():
         number += 1
     return path
 
 
-def _draw(pipe: Pipeline, quiet: bool, film: Path | None, request: dict[str, Any]) -> tuple[Any, float]:
+def _draw(pipe: Pipeline, quiet: bool, film: Path | None, request: dict[str, Any]) -> tuple[Output, float]:
+    """Draws with a progress bar; a film takes the preview of every step, which costs time."""
     from tqdm import tqdm
 
     from .pictures import save_film, to_pil
 
     frames: list[Any] = []
-    bar = tqdm(total=request.get("stop_after") or request.get("num_inference_steps")
-               or pipe.settings.num_inference_steps, unit="step", disable=True if quiet else None, leave=False)
-
-    def after_step(step: Any) -> None:
-        bar.update()
-        if film:
-            frames.append(step.preview)
-
     began = time.perf_counter()
-    with usage(), bar:
-        if film:
-            output = pipe(callback_on_step_end=after_step, **request)
-        else:  # without a film only the positions of each step are computed
-            output = pipe(**request)
+    with usage(), tqdm(unit="step", disable=True if quiet else None, leave=False) as bar:
+
+        def after_step(step: Step) -> None:
+            bar.total = step.steps
+            bar.update()
+            if film:
+                frames.append(step.preview)
+
+        output = pipe(callback_on_step_end=after_step, previews=film is not None, **request)
     seconds = time.perf_counter() - began
     if film:
         save_film((to_pil(pipe.decode(tokens)) for tokens in frames), film)
     return output, seconds
 
 
-def _write(output: Any, names: list[str], out: Path, force: bool, metadata: bool) -> list[Path]:
+def _write(output: Output, names: Sequence[str], out: Path, force: bool, metadata: bool) -> list[Path]:
     """One file for each picture where `out` is a folder, else one file: the picture, or a grid of them."""
     from .pictures import grid, save_png
 
-    if out.is_dir():
-        written = []
-        for image, made, name in zip(output.images, output.made, names, strict=True):
-            path = out / f"{_slug(name)}-{made['seed']}.png"
-            path = path if force else _free_name(out, path.stem)
-            save_png(image, path, made if metadata else None)
-            written.append(path)
-        return written
-    image = output.images[0] if len(output.images) == 1 else grid(output.images)
-    made = output.made[0] if len(output.made) == 1 else output.made
-    save_png(image, out, made if metadata else None)
-    return [out]
+    if not out.is_dir():
+        save_png(grid(output.images), out, output.made if metadata else ())
+        return [out]
+    written = []
+    for image, made, name in zip(output.images, output.made, names, strict=True):
+        stem = f"{_slug(name)}-{made.seed}"
+        written.append(out / f"{stem}.png" if force else _free_name(out, stem))
+        save_png(image, written[-1], [made] if metadata else ())
+    return written
 
 
-def _report(paths: list[Path], output: Any, seconds: float, as_json: bool) -> None:
+def _report(paths: list[Path], made: list[Made], seconds: float, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"files": [str(p) for p in paths], "seconds": round(seconds, 3), "images": output.made},
-                         ensure_ascii=False))
+        print(json.dumps({"files": [str(p) for p in paths], "seconds": round(seconds, 3),
+                          "images": [record.to_json() for record in made]}, ensure_ascii=False))
     else:
-        print(", ".join(map(str, paths)))
+        print(*paths, sep="\n")
 
 
 def generate(
-    prompts: Positional[tuple[str, ...]] = (),
+    prompts: Positional[Texts] = (),
     /,
-    out: Path | None = None,
-    model: str = "emoji",
-    labels: tuple[str, ...] = (),
-    negative_prompt: str | None = None,
-    num_images: int = 1,
-    seed: int | None = None,
-    steps: int | None = None,
-    order: str | None = None,
-    schedule: str | None = None,
-    guidance_scale: str | None = None,
-    temperature: str | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    r_temp: float | None = None,
-    roll: bool | None = None,
-    stop_after: int | None = None,
-    film: Path | None = None,
-    metadata: bool = True,
-    force: bool = False,
-    quiet: bool = False,
-    as_json: Annotated[bool, arg(name="json")] = False,
+    out: File = None,
+    model: Annotated[str, arg(metavar="NAME")] = "emoji",
+    labels: Texts = (),
+    negative_prompt: Text = None,
+    num_images: Annotated[int, arg(metavar="N")] = 1,
+    seed: Number = None,
+    steps: Number = None,
+    order: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    schedule: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    guidance_scale: Annotated[str | None, arg(metavar="X", help_behavior_hint="")] = None,
+    temperature: Annotated[str | None, arg(metavar="X", help_behavior_hint="")] = None,
+    top_k: Number = None,
+    top_p: Real = None,
+    r_temp: Real = None,
+    roll: Annotated[bool | None, arg(help_behavior_hint="")] = None,
+    stop_after: Number = None,
+    film: File = None,
+    metadata: Flag = True,
+    force: Flag = False,
+    quiet: Flag = False,
+    as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts or class labels.
 
+    What is not given is as the model's own settings say.
+
     Args:
         prompts: What to draw, for example "red apple, noto style". Several give a grid.
-        out: A file (several pictures become a grid), or a folder (one file each). By default a new file named after
-            the prompt.
+        out: A .png file (several pictures become a grid), or a folder that exists (one file each). By default a new
+            file named after the prompt.
         model: An embedded model, a folder, a published name or a Hub repository: see `unmask models`.
         labels: Classes by name or number, for class models.
         negative_prompt: What guidance leads away from.
         num_images: Pictures for each prompt or label.
-        seed: Picture i takes seed + i. Drawn at random by default, and written into the picture.
+        seed: Picture i takes seed + i. By default drawn at random, and written into the picture.
         steps: Model evaluations a picture.
-        order: halton, random, raster, sobol or confidence.
-        schedule: arccos, square, cosine, linear, root, or a power such as 3.
-        guidance_scale: 1 is off. A number, a ramp over the steps (1:4) or an interval of them (3@0.2-0.8).
+        order: Of the tokens: halton, random, raster, sobol or confidence.
+        schedule: Share of tokens known over the steps: arccos, square, cosine, linear, root, or a power such as 3.
+        guidance_scale: How strongly the condition is followed; 1 is off. A number, a ramp over the steps (1:4) or an
+            interval of them (3@0.2-0.8).
         temperature: Divides the logits: below 1 is safer. A number, a ramp or an interval.
         top_k: Draw among the k likeliest tokens; 0 is off.
         top_p: Draw among the likeliest tokens whose probability reaches p; 1 is off.
@@ -158,73 +184,80 @@ def generate(
         roll: Begin the order at an offset drawn from each picture's seed.
         stop_after: Stop after this many steps; what is left takes that step's draw.
         film: Also write the steps of the drawing: a .gif, or a .png strip.
-        metadata: Write into the PNG what made it.
+        metadata: Leave out of the PNG what made it.
         force: Overwrite files.
-        quiet: No progress.
+        quiet: No progress bar.
         as_json: Print one JSON object.
     """
     from .sampling import parse_varying
 
-    given = {"num_inference_steps": steps, "order": order, "schedule": schedule, "top_k": top_k, "top_p": top_p,
-             "r_temp": r_temp, "roll": roll, "stop_after": stop_after}
     with usage():
-        for name, text in (("guidance_scale", guidance_scale), ("temperature", temperature)):
-            given[name] = parse_varying(text) if text is not None else None  # type: ignore[assignment]
+        varying = {name: parse_varying(text) for name, text in
+                   (("guidance_scale", guidance_scale), ("temperature", temperature)) if text is not None}
         if not prompts and not labels:
             raise ValueError('nothing to draw: give a prompt, such as unmask generate "red apple, noto style", or '
                              '--labels with a class model')
-    names = [*(prompts or labels)]
-    if out is None:
-        out = _free_name(Path.cwd(), _slug(names[0]))
-    for path in (out, *([film] if film else [])):
-        _check_out(path, force)
+    names = prompts or labels
+    out = out or _free_name(Path.cwd(), _slug(names[0]))
+    _check_picture(out, force)
+    if film:
+        _check_file(film, (".gif", ".png"), force)
+        if film.resolve() == out.resolve():
+            raise UsageError(f"--out and --film are both {film}")
     from .pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model)
-    request = {"prompt": list(prompts) or None, "class_labels": list(labels) or None,
-               "negative_prompt": negative_prompt, "num_images_per_prompt": num_images, "seed": seed,
-               **{k: v for k, v in given.items() if v is not None}}
-    output, seconds = _draw(pipe, quiet, film, request)
-    paths = _write(output, [n for n in names for _ in range(num_images)], out, force, metadata)
-    _report(paths + ([film] if film else []), output, seconds, as_json)
+    output, seconds = _draw(pipe, quiet, film, {
+        "prompt": list(prompts) or None, "class_labels": list(labels) or None, "negative_prompt": negative_prompt,
+        "num_images_per_prompt": num_images, "seed": seed, "num_inference_steps": steps, "order": order,
+        "schedule": schedule, "top_k": top_k, "top_p": top_p, "r_temp": r_temp, "roll": roll,
+        "stop_after": stop_after, **varying})
+    paths = _write(output, [name for name in names for _ in range(num_images)], out, force, metadata)
+    _report(paths + ([film] if film else []), output.made, seconds, as_json)
 
 
 def replay(
-    picture: Positional[Path],
+    picture: Positional[Annotated[Path, arg(metavar="PICTURE")]],
     /,
-    out: Path | None = None,
-    force: bool = False,
-    quiet: bool = False,
-    as_json: Annotated[bool, arg(name="json")] = False,
+    out: File = None,
+    model: Text = None,
+    force: Flag = False,
+    quiet: Flag = False,
+    as_json: Json = False,
 ) -> None:
     """Draw again what a picture's metadata describes.
 
     Args:
         picture: A PNG that unmask drew.
-        out: The new file; by default a new name beside the working folder's other pictures.
-        force: Overwrite a file.
-        quiet: No progress.
+        out: A .png file, or a folder that exists. By default a new file in the working folder, named after the picture.
+        model: The model, where it is a folder of yours: pictures keep no paths. By default the one the picture names.
+        force: Overwrite files.
+        quiet: No progress bar.
         as_json: Print one JSON object.
     """
     from .pictures import read_made
-    from .pipeline import Pipeline, settings_from
+    from .pipeline import Pipeline
 
     made = read_made(picture)
     out = out or _free_name(Path.cwd(), picture.stem)
-    _check_out(out, force)
-    pipe = Pipeline.from_pretrained(made[0]["model"])
-    if pipe.model_hash != made[0].get("model_hash"):
-        raise ValueError(f"{picture}: was drawn by another version of the model '{made[0]['model']}'")
-    settings = settings_from(made[0]["settings"], picture)
-    column = {k: [m[k] for m in made] if k in made[0] else None for k in ("prompt", "negative_prompt", "class_label")}
-    request = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    _check_picture(out, force)
+    if any(record.known_tokens for record in made):
+        raise ValueError(f"{picture}: was drawn around known tokens, which it does not carry")
+    first = made[0]
+    pipe = Pipeline.from_pretrained(model or first.model)
+    if pipe.model_hash != first.model_hash:
+        raise ValueError(f"{picture}: was drawn by another model '{first.model}' than {model or 'the one at hand'}")
+    pipe.settings = first.settings
     output, seconds = _draw(pipe, quiet, None, {
-        "prompt": column["prompt"], "negative_prompt": column["negative_prompt"],
-        "class_labels": column["class_label"], "seed": [m["seed"] for m in made], **request})
-    _report(_write(output, [picture.stem] * len(made), out, force, True), output, seconds, as_json)
+        "prompt": [m.prompt for m in made] if first.prompt is not None else None,
+        "negative_prompt": [m.negative_prompt for m in made] if first.negative_prompt is not None else None,
+        "class_labels": [m.class_label for m in made] if first.class_label is not None else None,
+        "seed": [m.seed for m in made]})
+    paths = _write(output, [picture.stem] * len(made), out, force, True)
+    _report(paths, output.made, seconds, as_json)
 
 
-def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
+def models(as_json: Json = False) -> None:
     """List the models at hand: embedded, cached and published.
 
     Args:
@@ -243,11 +276,11 @@ def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
 
 
 def convert(
-    source: Positional[str],
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]],
     /,
     out: Path,
-    tokenizer: str | None = None,
-    force: bool = False,
+    tokenizer: Text = None,
+    force: Flag = False,
 ) -> None:
     """Convert a published checkpoint to a model folder.
 
@@ -257,8 +290,7 @@ def convert(
         tokenizer: The tokenizer's checkpoint, for a transformer: a local file or hf-repo:file.
         force: Replace the folder if it exists.
     """
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists: give another --out, or --force to replace it")
+    _check_new(out, force)
     from .published import convert as convert_checkpoint
 
     convert_checkpoint(source, out, tokenizer)
@@ -271,9 +303,9 @@ class EmojiArchive:
 
     out: Path
     """The archive to write (.tar or .tar.gz)."""
-    packages: Path | None = None
-    """A folder with the packages' tarballs; fetched with npm by default."""
-    force: bool = False
+    packages: File = None
+    """A folder with the packages' tarballs; by default npm fetches them."""
+    force: Flag = False
     """Overwrite the archive."""
 
 
@@ -282,8 +314,8 @@ class WordArchive:
     """Distil the embedded word vectors from a sentence encoder (needs the `words` extra)."""
 
     out: Path
-    """The file to write."""
-    force: bool = False
+    """The .safetensors file to write."""
+    force: Flag = False
     """Overwrite it."""
 
 
@@ -291,12 +323,13 @@ def data(
     what: Annotated[EmojiArchive, subcommand("emoji")] | Annotated[WordArchive, subcommand("words")],
 ) -> None:
     """Build the data that travels with unmask: the emoji archive, the word vectors."""
-    _check_out(what.out, what.force)
     if isinstance(what, EmojiArchive):
+        _check_file(what.out, (".tar", ".tar.gz"), what.force)
         from .data.emoji import build
 
         print(json.dumps(build(what.out, what.packages), indent=1), file=sys.stderr)
     else:
+        _check_file(what.out, (".safetensors",), what.force)
         from .training.words import distill
 
         distill(what.out)
@@ -306,43 +339,50 @@ def data(
 def train_tokenizer(
     data: Path,
     out: Path,
-    preset: str = "emoji",
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    seed: int | None = None,
-    checkpoint_every: int | None = None,
-    sample_every: int | None = None,
-    threads: int | None = None,
-    perceptual: float | None = None,
-    quiet: bool = False,
+    preset: Annotated[str, arg(metavar="NAME")] = "emoji",
+    recipe: File = None,
+    steps: Number = None,
+    batch_size: Number = None,
+    learning_rate: Real = None,
+    seed: Number = None,
+    checkpoint_every: Number = None,
+    sample_every: Number = None,
+    threads: Number = None,
+    perceptual: Real = None,
+    quiet: Flag = False,
 ) -> None:
     """Train a tokenizer on pictures. The same command goes on where a run stopped.
+
+    What is not given is as the recipe says.
 
     Args:
         data: A webdataset tar or a folder of pictures.
         out: Folder of the run; the tokenizer ends up in its `model`.
-        preset: A recipe: emoji.
+        preset: The recipe: emoji.
+        recipe: A JSON file with what differs from the preset: {"image_size": 128, "run": {"steps": 5000}}. A run leaves
+            its whole recipe in its folder as recipe.json.
         steps: Optimiser steps.
         batch_size: Pictures a step.
         learning_rate: The peak.
         seed: Of weights, data order and augmentation.
         checkpoint_every: Steps between saved states.
         sample_every: Steps between sample grids.
-        threads: CPU threads.
+        threads: CPU threads; 0 leaves PyTorch's choice.
         perceptual: Weight of the perceptual loss; 0 needs no feature network.
-        quiet: No progress.
+        quiet: No progress bar.
     """
-    from .training.commands import run_train_tokenizer
+    from .training.commands import choose_recipe, run_train_tokenizer
+    from .training.presets import TOKENIZER_RECIPES
 
+    run = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+           "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}
     with usage():
-        print(run_train_tokenizer(data, out, preset, {
-            "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-            "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}, perceptual, quiet))
+        chosen = choose_recipe(TOKENIZER_RECIPES, preset, recipe, {"run": run, "objective": {"perceptual": perceptual}})
+    print(run_train_tokenizer(data, out, chosen, quiet))
 
 
-def tokenize(data: Path, tokenizer: Path, out: Path, flip: bool = False, force: bool = False,
-             quiet: bool = False) -> None:
+def tokenize(data: Path, tokenizer: Path, out: Path, flip: Flag = False, force: Flag = False,
+             quiet: Flag = False) -> None:
     """Turn pictures into tokens for training.
 
     Args:
@@ -351,10 +391,9 @@ def tokenize(data: Path, tokenizer: Path, out: Path, flip: bool = False, force: 
         out: The token folder to write.
         flip: Also keep the tokens of every picture's mirror image.
         force: Replace the folder if it exists.
-        quiet: No progress.
+        quiet: No progress bar.
     """
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists: give another --out, or --force to replace it")
+    _check_new(out, force)
     from .training.commands import run_tokenize
 
     print(run_tokenize(data, tokenizer, out, flip, quiet))
@@ -364,38 +403,45 @@ def train(
     data: Path,
     tokenizer: Path,
     out: Path,
-    preset: str = "emoji",
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    seed: int | None = None,
-    checkpoint_every: int | None = None,
-    sample_every: int | None = None,
-    threads: int | None = None,
-    quiet: bool = False,
+    preset: Annotated[str, arg(metavar="NAME")] = "emoji",
+    recipe: File = None,
+    steps: Number = None,
+    batch_size: Number = None,
+    learning_rate: Real = None,
+    seed: Number = None,
+    checkpoint_every: Number = None,
+    sample_every: Number = None,
+    threads: Number = None,
+    quiet: Flag = False,
 ) -> None:
     """Train a transformer on tokens. The same command goes on where a run stopped.
+
+    What is not given is as the recipe says.
 
     Args:
         data: A token folder that `unmask tokenize` wrote.
         tokenizer: The tokenizer folder the tokens were made with.
         out: Folder of the run; the pipeline ends up in its `model`.
-        preset: A recipe: emoji, emoji-class, paper-class, paper-text.
+        preset: The recipe: emoji, emoji-class, paper-class, paper-text.
+        recipe: A JSON file with what differs from the preset: {"label_field": "class", "transformer": {"width": 128}}.
+            A run leaves its whole recipe in its folder as recipe.json.
         steps: Optimiser steps.
         batch_size: Pictures a step.
         learning_rate: The peak.
         seed: Of weights, data order and masks.
         checkpoint_every: Steps between saved states.
         sample_every: Steps between sample grids.
-        threads: CPU threads.
-        quiet: No progress.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        quiet: No progress bar.
     """
-    from .training.commands import run_train
+    from .training.commands import choose_recipe, run_train
+    from .training.presets import RECIPES
 
+    run = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+           "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}
     with usage():
-        print(run_train(data, tokenizer, out, preset, {
-            "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-            "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}, quiet))
+        chosen = choose_recipe(RECIPES, preset, recipe, {"run": run})
+    print(run_train(data, tokenizer, out, chosen, quiet))
 
 
 COMMANDS = {
@@ -414,22 +460,24 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(143)
 
 
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"unmask: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _warn
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unmask", description="Masked generative image "
-                                             "transformers: draw, train, measure.",
-                                             config=(OmitArgPrefixes, OmitSubcommandPrefixes))
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="unmask", description="Masked generative image transformers: draw, train, measure.",
+            config=(DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes))
     except KeyboardInterrupt:
         print("unmask: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UsageError, UnknownName) as error:
-        print(f"unmask: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         print(f"unmask: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
 
 
 if __name__ == "__main__":

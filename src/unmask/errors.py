@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Sequence
 
 
-class UsageError(Exception):
-    """The command line asks for something that cannot be: exit code 2."""
+class UsageError(ValueError):
+    """What was asked for cannot be; nothing is wrong with any file. The command line exits with 2."""
 
 
-class UnknownName(ValueError):
+class UnknownName(UsageError):
     """A name that is none of the choices."""
 
 

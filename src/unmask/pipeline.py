@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import sampling
-from .checkpoints import field, load_weights, read_config, read_weights, write_model
-from .errors import unknown_name
+from .checkpoints import atomic_folder, field, from_json, load_weights, read_config, read_weights, write_model
+from .errors import UsageError, unknown_name
 from .models.transformer import (
     ClassTransformer,
     MaskedTransformer,
@@ -24,8 +26,8 @@ from .models.transformer import (
     TransformerConfig,
     build_transformer,
 )
-from .pictures import to_pil
-from .sampling import Interval, Ramp, Settings, Step
+from .pictures import Made, to_pil
+from .sampling import Settings, Step
 from .text import TextEncoder, load_text_encoder
 from .tokenizers.vqgan import VQGAN, VQConfig
 
@@ -39,25 +41,17 @@ def embedded_folder(name: str) -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder that a name stands for: a folder, an embedded model, a published name, or a Hub repository in our
-    format. Raises UnknownName (a ValueError) for a name that is none of these."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The folder that a name stands for: an embedded model, a folder, a published name, or a Hub repository in our
+    format (owner/name). Raises UnknownName (a ValueError) for a name that is none of these."""
     if str(name) in EMBEDDED:
         return embedded_folder(str(name))
+    if Path(name).is_dir():
+        return Path(name)
     from . import published
 
-    if str(name) in published.PUBLISHED or "/" in str(name):
+    if str(name) in published.PUBLISHED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return published.fetch(str(name))
     raise unknown_name("model", name, [*EMBEDDED, *published.PUBLISHED, "a folder", "a Hub repository"])
-
-
-def _config_object(kind: type, values: Any, path: Path) -> Any:
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{path}: the section for {kind.__name__} does not fit: "
-                         f"{str(error).removeprefix(kind.__name__ + '.__init__() ')}") from None
 
 
 def _load(module: nn.Module, folder: Path, name: str, config: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
@@ -70,10 +64,9 @@ def _load(module: nn.Module, folder: Path, name: str, config: dict[str, Any], dt
 def load_tokenizer(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> VQGAN:
     """Loads a tokenizer folder; dtype None keeps the stored one."""
     folder = Path(folder)
-    config = read_config(folder)
-    shape = _config_object(VQConfig, field(config, "tokenizer", folder / "config.json"), folder / "config.json")
+    config, path = read_config(folder), folder / "config.json"
     with torch.device("meta"):
-        module = VQGAN(shape)
+        module = VQGAN(from_json(VQConfig, field(config, "tokenizer", path), path))
     loaded = _load(module, folder, "tokenizer", config, dtype)
     assert isinstance(loaded, VQGAN)
     return loaded
@@ -89,32 +82,35 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = torch.float32) ->
     if config.get("kind") == "tokenizer":
         return load_tokenizer(folder, dtype)
     path = folder / "config.json"
-    shape = _config_object(TransformerConfig, field(config, "transformer", path), path)
     with torch.device("meta"):
-        module = build_transformer(shape)
+        module = build_transformer(from_json(TransformerConfig, field(config, "transformer", path), path))
     loaded = _load(module, folder, "transformer", config, dtype)
     assert isinstance(loaded, MaskedTransformer)
     return loaded
 
 
-def settings_from(values: dict[str, Any], path: Path | str = "settings") -> Settings:
-    """Settings from their JSON form: a ramp is {"start", "end", "curve"}, an interval {"value", "begin", "end"}."""
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return Interval(**value) if "value" in value else Ramp(**value)
-        return tuple(value) if isinstance(value, list) else value
-
-    return _config_object(Settings, {name: plain(value) for name, value in values.items()}, Path(path))
+def write_pipeline(folder: Path, shape: TransformerConfig, weights: Mapping[str, Tensor], tokenizer: VQGAN | str,
+                   config: Mapping[str, Any]) -> None:
+    """Writes a pipeline folder, whole or not at all. tokenizer: written to a sub-folder, or the name of a tokenizer
+    folder that stands beside this one. config: class_names, text_encoder, sampler and whatever else describes it."""
+    with atomic_folder(folder) as temporary:
+        other = {"tokenizer": tokenizer} if isinstance(tokenizer, str) else {}
+        write_model(temporary, {"transformer": weights}, {
+            "kind": "pipeline", "transformer": dataclasses.asdict(shape), **config, **other})
+        if isinstance(tokenizer, VQGAN):
+            write_model(temporary / "tokenizer", {"tokenizer": tokenizer.state_dict()}, {
+                "kind": "tokenizer", "tokenizer": dataclasses.asdict(tokenizer.config),
+                "image_size": shape.grid[0] * tokenizer.config.downsample})
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a call drew. images: PIL pictures, or an array / tensor / tokens by output_type. tokens: (B, N). made: a
-    record an image of what made it (prompt or label, seed, model, hash, settings)."""
+    """What a call drew. images: PIL pictures, or an array / tensor / tokens by output_type. tokens: (B, N) int64.
+    made: for each image a record of what made it (prompt or label, seed, model, hash, settings)."""
 
     images: Any
     tokens: Tensor
-    made: list[dict[str, Any]]
+    made: list[Made]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +132,8 @@ class Pipeline:
         if tokenizer.config.codebook_size != transformer.config.codebook_size:
             raise ValueError(f"the tokenizer has {tokenizer.config.codebook_size} codes, the transformer "
                              f"{transformer.config.codebook_size}: they do not belong together")
+        if class_names and len(class_names) != transformer.config.classes:
+            raise ValueError(f"{len(class_names)} class names for {transformer.config.classes} classes")
         self.transformer, self.tokenizer, self.text_encoder = transformer, tokenizer, text_encoder
         self.class_names = list(class_names) if class_names else None
         self.settings = settings or Settings()
@@ -156,25 +154,23 @@ class Pipeline:
         transformer = load_model(folder, dtype)
         if not isinstance(transformer, MaskedTransformer):
             raise ValueError(f"{folder}: holds a tokenizer, not a pipeline")
+        path = folder / "config.json"
         other = config.get("tokenizer")
         tokenizer = load_tokenizer(folder / "tokenizer" if other is None else folder.parent / other)
         encoder = config.get("text_encoder")
-        hashes = field(config, "sha256", folder / "config.json")
-        shown = str(name) if not Path(name).is_dir() else Path(name).resolve().name
+        shown = Path(name).resolve().name if Path(name) == folder else str(name)
         return cls(transformer.to(device), tokenizer.to(device), load_text_encoder(encoder) if encoder else None,
-                   config.get("class_names"), settings_from(config.get("sampler") or {}, folder / "config.json"),
-                   shown, hashes["transformer.safetensors"], config)
+                   config.get("class_names"), from_json(Settings, config.get("sampler") or {}, path),
+                   shown, config["sha256"]["transformer.safetensors"], config)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that loads back equal: weights as they are, tokenizer in a sub-folder."""
-        kept = {k: v for k, v in self.config.items() if k not in ("tokenizer", "sha256", "format_version")}
-        config = {"kind": "pipeline", "text_encoder": None, **kept,
-                  "transformer": dataclasses.asdict(self.transformer.config),
-                  "class_names": self.class_names, "sampler": dataclasses.asdict(self.settings)}
-        size = [side * self.tokenizer.config.downsample for side in self.transformer.config.grid]
-        write_model(Path(folder), {"transformer": self.transformer.state_dict()}, config)
-        write_model(Path(folder) / "tokenizer", {"tokenizer": self.tokenizer.state_dict()},
-                    {"kind": "tokenizer", "tokenizer": dataclasses.asdict(self.tokenizer.config), "image_size": size[0]})
+        """Writes a folder that loads back equal: weights as they are, tokenizer in a sub-folder, text encoder by name.
+        An existing model folder is replaced; UsageError for a folder that holds anything else."""
+        kept = {k: v for k, v in self.config.items()
+                if k not in ("transformer", "tokenizer", "sha256", "format_version", "kind")}
+        write_pipeline(Path(folder), self.transformer.config, self.transformer.state_dict(), self.tokenizer, {
+            "text_encoder": None, **kept, "class_names": self.class_names,
+            "sampler": dataclasses.asdict(self.settings)})
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Uploads what :meth:`save_pretrained` writes to a Hugging Face repository; returns its address."""
@@ -197,10 +193,11 @@ class Pipeline:
     def label(self, value: int | str) -> int:
         """The index of a class given by index or by name; ValueError with the nearest names."""
         count = self.transformer.config.classes
-        if isinstance(value, int) or value.lstrip("-").isdigit():
-            if not 0 <= int(value) < count:
+        if not isinstance(value, str) or value.lstrip("-").isdecimal():
+            number = int(value) if isinstance(value, str) else operator.index(value)
+            if not 0 <= number < count:
                 raise ValueError(f"class label {value} is out of range: this model has 0 ... {count - 1}")
-            return int(value)
+            return number
         names = self.class_names or []
         lowered = [name.lower() for name in names]
         if value.lower() in lowered:
@@ -224,13 +221,16 @@ class Pipeline:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if negative_prompt is not None and condition != "text":
             raise ValueError("negative_prompt needs a text model")
-        items = [given] if isinstance(given, (str, int)) else list(given)
+        items = [given] if np.ndim(given) == 0 else list(given)
         if not items:
             raise ValueError("nothing to draw: the list of prompts or labels is empty")
         repeated = [item for item in items for _ in range(num_images_per_prompt)]
         if seed is None:
             seed = secrets.randbelow(2**31)
-        seeds = [seed + i for i in range(len(repeated))] if isinstance(seed, int) else list(seed)
+        if isinstance(seed, int) or np.ndim(seed) == 0:
+            first = operator.index(seed)  # type: ignore[arg-type]
+            seed = range(first, first + len(repeated))
+        seeds = [operator.index(s) for s in seed]
         if len(seeds) != len(repeated):
             raise ValueError(f"{len(seeds)} seeds for {len(repeated)} images: give one each, or one number")
         if not all(0 <= s < 2**63 for s in seeds):
@@ -243,7 +243,7 @@ class Pipeline:
             if len(negatives) != len(items):
                 raise ValueError(f"{len(negatives)} negative prompts for {len(items)} prompts: give one, or one each")
             negatives = [n for n in negatives for _ in range(num_images_per_prompt)]
-        return _Request([str(p) for p in repeated], negatives, None, seeds)
+        return _Request(repeated, negatives, None, seeds)
 
     def _prepare(self, request: _Request) -> sampling.Prepare:
         if request.labels is not None:
@@ -252,9 +252,12 @@ class Pipeline:
         assert isinstance(self.transformer, TextTransformer) and request.prompts is not None
         if self.text_encoder is None:
             raise ValueError(f"{self.name}: this text model names no text encoder in its config.json")
-        text = self.text_encoder.encode(request.prompts).to(self.device)
-        negative = self.text_encoder.encode(request.negatives).to(self.device) if request.negatives else None
-        return sampling.prepare_text(self.transformer, text, negative)
+        encoder = self.text_encoder
+        text = encoder.encode(request.prompts).to(self.device)
+        if request.negatives is None:
+            return sampling.prepare_text(self.transformer, text)
+        negative = torch.cat([encoder.encode([n]) if n else encoder.null_text().to(text) for n in request.negatives])
+        return sampling.prepare_text(self.transformer, text, negative.to(self.device))
 
     def _start(self, arguments: dict[str, Any]) -> tuple[_Request, Settings, Iterator[Step]]:
         known, previews = arguments.pop("known_tokens", None), arguments.pop("previews", False)
@@ -287,16 +290,18 @@ class Pipeline:
     def __call__(self, prompt: str | Sequence[str] | None = None, class_labels: Any = None, *,
                  negative_prompt: str | Sequence[str] | None = None, num_images_per_prompt: int = 1,
                  seed: int | Sequence[int] | None = None, output_type: str = "pil",
-                 callback_on_step_end: Callable[[Step], bool | None] | None = None,
+                 callback_on_step_end: Callable[[Step], bool | None] | None = None, previews: bool = True,
                  known_tokens: Tensor | None = None, **settings: Any) -> Output:
         """Draws.
 
         prompt: one or several (text models). class_labels: indices or names (class models). negative_prompt: what
-        guidance leads away from. seed: image i takes seed + i; or a list; None draws one. settings: any field of
-        :class:`~unmask.sampling.Settings` (num_inference_steps, guidance_scale, temperature, order, schedule, ...);
-        the model's own defaults hold for the rest. known_tokens: (B, N), the codebook size where unknown.
-        callback_on_step_end: called with each Step, its preview filled; a true return value stops the run, and what
-        is drawn is that preview. output_type: "pil", "np" (B, H, W, 3) uint8, "pt" (B, 3, H, W) in [-1, 1], "tokens".
+        guidance leads away from, one or one a prompt; "" is no condition. seed: image i takes seed + i; or a list;
+        None draws one. settings: any field of :class:`~unmask.sampling.Settings` (num_inference_steps,
+        guidance_scale, temperature, order, schedule, ...); the model's own defaults hold for the rest. known_tokens:
+        (B, N), the codebook size where unknown. callback_on_step_end: called with each Step, its preview filled; a
+        true return value stops the run, and what is drawn is that preview. previews: False spares the previews where
+        the callback neither looks at them nor stops the run. output_type: "pil", "np" (B, H, W, 3) uint8,
+        "pt" (B, 3, H, W) float in [-1, 1], "tokens".
 
         Raises ValueError for anything out of range or unknown.
         """
@@ -305,13 +310,17 @@ class Pipeline:
         request, used, steps = self._start({
             "prompt": prompt, "class_labels": class_labels, "negative_prompt": negative_prompt,
             "num_images_per_prompt": num_images_per_prompt, "seed": seed, "known_tokens": known_tokens,
-            "previews": callback_on_step_end is not None, **settings})
+            "previews": callback_on_step_end is not None and previews, **settings})
         step: Step | None = None
         for step in steps:
             if callback_on_step_end is not None and callback_on_step_end(step):
+                if step.preview is None:
+                    raise ValueError("the callback stops the run: that needs previews=True")
+                used = dataclasses.replace(used, stop_after=step.index + 1)
                 break
         assert step is not None and step.preview is not None
-        return Output(self._images(step.preview, output_type), step.preview, self._made(request, used))
+        made = self._made(request, used, known_tokens is not None)
+        return Output(self._images(step.preview, output_type), step.preview, made)
 
     def _images(self, tokens: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "tokens":
@@ -322,20 +331,12 @@ class Pipeline:
         pictures = to_pil(images)
         return pictures if output_type == "pil" else np.stack([np.asarray(p) for p in pictures])
 
-    def _made(self, request: _Request, settings: Settings) -> list[dict[str, Any]]:
-        from . import __version__
-
-        common = {"model": self.name, "model_hash": self.model_hash, "version": __version__,
-                  "settings": dataclasses.asdict(settings)}
+    def _made(self, request: _Request, settings: Settings, known_tokens: bool) -> list[Made]:
         made = []
         for i, seed in enumerate(request.seeds):
-            entry: dict[str, Any] = {"seed": seed, **common}
-            if request.prompts is not None:
-                entry["prompt"] = request.prompts[i]
-            if request.negatives is not None:
-                entry["negative_prompt"] = request.negatives[i]
-            if request.labels is not None:
-                number = request.labels[i]
-                entry |= {"class_label": number, "label": self.class_names[number] if self.class_names else number}
-            made.append(entry)
+            number = request.labels[i] if request.labels is not None else None
+            made.append(Made(
+                self.name, self.model_hash, seed, settings, request.prompts[i] if request.prompts else None,
+                request.negatives[i] if request.negatives else None, number,
+                self.class_names[number] if self.class_names and number is not None else None, known_tokens))
         return made

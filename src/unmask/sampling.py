@@ -8,6 +8,7 @@ Shapes: B images, N tokens, k revealed in a step, V codes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -29,6 +30,12 @@ class Ramp:
     end: float
     curve: str = "linear"
 
+    def __post_init__(self) -> None:
+        if self.curve not in ("linear", "harmonic"):
+            raise unknown_name("ramp", self.curve, ["linear", "harmonic"])
+        if self.curve == "harmonic" and min(self.start, self.end) <= 0:
+            raise ValueError(f"a harmonic ramp needs ends above 0, got {self.start} and {self.end}")
+
     def __call__(self, step: int, steps: int) -> float:
         t = step / max(1, steps - 1)
         if self.curve == "harmonic":
@@ -44,6 +51,10 @@ class Interval:
     value: float
     begin: float
     end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"an interval needs 0 <= begin < end <= 1, got {self.begin} and {self.end}")
 
     def __call__(self, step: int, steps: int) -> float:
         return self.value if self.begin <= step / steps < self.end else 1.0
@@ -77,11 +88,13 @@ def parse_varying(text: str) -> Varying:
         raise ValueError(f"'{text}' is neither a number (3), a ramp (1:4) nor an interval (3@0.2-0.8)") from None
 
 
-def _extremes(value: Varying) -> list[float]:
-    if isinstance(value, Interval):
-        return [value.value]
-    return [value.start, value.end] if isinstance(value, Ramp) else list(value) if isinstance(
-        value, (tuple, list)) else [value]
+def _check_varying(name: str, value: Varying) -> None:
+    """ValueError unless the value is finite and not negative at every step."""
+    if isinstance(value, (tuple, list)) and len(value) != 2:
+        raise ValueError(f"{name}: a ramp is a pair (start, end), got {value}")
+    numbers = [value.value] if isinstance(value, Interval) else [value_at(value, step, 2) for step in (0, 1)]
+    if not all(0 <= number < math.inf for number in numbers):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +125,14 @@ class Settings:
         if self.order not in ORDER_NAMES:
             raise unknown_name("order", self.order, ORDER_NAMES)
         power_of(self.schedule)
-        if min(_extremes(self.guidance_scale)) < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
-        if min(_extremes(self.temperature)) < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or self.r_temp < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, top_p in (0, 1], r_temp 0 or more; got {self.top_k}, "
-                             f"{self.top_p}, {self.r_temp}")
+        _check_varying("guidance_scale", self.guidance_scale)
+        _check_varying("temperature", self.temperature)
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.r_temp < math.inf:
+            raise ValueError(f"r_temp must be finite and not negative, got {self.r_temp}")
         if self.roll and self.order == "confidence":
             raise ValueError("roll turns a fixed order; the confidence order has none")
         if self.stop_after is not None and not 1 <= self.stop_after <= self.num_inference_steps:
@@ -195,20 +209,27 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
+GREEDY = 1e-6
+"""Temperatures below this are 0: dividing by them could overflow."""
+
+
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> tuple[
         Tensor, Tensor]:
     """Tokens by inverse CDF in float32.
 
-    logits (..., V), uniform (...) in [0, 1) -> (tokens (...) int64, their log-probability (...)). At temperature 0 the
-    likeliest token, whatever the uniform number. The truncation acts on the tempered logits.
+    logits (..., V), uniform (...) in [0, 1) -> (tokens (...) int64, their log-probability (...)). The truncation acts
+    on the tempered logits. At temperature 0 (below GREEDY) the likeliest token, whatever the uniform number, and its
+    log-probability at temperature 1, by which the confidence order can still rank.
     """
-    if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(uniform)
-    log_p = truncate(logits.float() / temperature, top_k, top_p).log_softmax(-1)
-    cdf = log_p.exp().cumsum(-1)
-    tokens = (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)
-    last = (log_p > -torch.inf).int().cumsum(-1).argmax(-1)  # rounding must not pass the last possible token
-    tokens = torch.minimum(tokens, last)
+    logits = logits.float()
+    if temperature < GREEDY:
+        tokens, log_p = logits.argmax(-1), logits.log_softmax(-1)
+    else:
+        log_p = truncate(logits / temperature, top_k, top_p).log_softmax(-1)
+        cdf = log_p.exp().cumsum(-1)
+        total = cdf[..., -1:]
+        tokens = (cdf <= uniform[..., None] * total).sum(-1)
+        tokens = torch.minimum(tokens, (cdf < total).sum(-1))  # rounding must not pass the last token that counts
     return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
 
 
@@ -218,7 +239,10 @@ class _Batch:
     def __init__(self, config: TransformerConfig, settings: Settings, seeds: Sequence[int],
                  known: Tensor | None) -> None:
         n, mask = config.tokens, config.mask_id
-        self.tokens = torch.full((len(seeds), n), mask) if known is None else known.clone()
+        if not seeds:
+            raise ValueError("no seeds: there is nothing to draw")
+        self.tokens = (torch.full((len(seeds), n), mask) if known is None
+                       else known.to("cpu", torch.int64, copy=True))
         if self.tokens.shape != (len(seeds), n):
             raise ValueError(f"known tokens must be ({len(seeds)}, {n}), got {tuple(self.tokens.shape)}")
         if int(self.tokens.min()) < 0 or int(self.tokens.max()) > mask:
@@ -328,5 +352,6 @@ def generate(model: MaskedModel, prepare: Prepare, seeds: Sequence[int], setting
     for step in stream(model, prepare, seeds, settings, **options):  # type: ignore[arg-type]
         if callback_on_step_end is not None and callback_on_step_end(step):
             break
-    assert step is not None and step.preview is not None
+    assert step is not None
+    assert step.preview is not None
     return step.preview

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,38 +16,50 @@ from .errors import unknown_name
 Schedule = str | float
 """A name of :data:`CURVES`, or a power p > 0 (the curve t ** p)."""
 
-CURVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "arccos": lambda t: 1 - torch.acos(t) / (math.pi / 2),
-    "square": lambda t: t**2,
-    "cosine": lambda t: 1 - torch.cos(t * math.pi / 2),
-    "linear": lambda t: t,
-    "root": lambda t: t**0.5,
+CURVES: dict[str, float | Callable[[float], float]] = {
+    "arccos": lambda t: 1 - math.acos(t) / (math.pi / 2),
+    "square": 2.0,
+    "cosine": lambda t: 1 - math.cos(t * math.pi / 2),
+    "linear": 1.0,
+    "root": 0.5,
 }
+"""A curve, or the power of t that it is. Python floats, not tensors: the last bit of torch.acos depends on the machine,
+and decides the count where curve * n is a whole number (arccos, 576 tokens, half-way)."""
+
+EXACT_POWERS = range(1, 17)
+"""Powers whose counts use integers of any length; beyond them a float is as good and stays quick."""
 
 
-def power_of(schedule: Schedule) -> float | None:
-    """The power of a schedule that is one ("square", 3, "2.5"), else None; ValueError for an unknown name."""
+def _look_up(schedule: Schedule) -> float | Callable[[float], float]:
+    """The entry of CURVES, or the power; ValueError for an unknown name."""
     if isinstance(schedule, str) and schedule in CURVES:
-        return {"square": 2.0, "linear": 1.0, "root": 0.5}.get(schedule)
+        return CURVES[schedule]
     try:
         power = float(schedule)
-    except ValueError:
+    except (TypeError, ValueError):
         raise unknown_name("schedule", schedule, [*CURVES, "or a power such as 3"]) from None
     if not (math.isfinite(power) and power > 0):
         raise ValueError(f"a schedule's power must be a positive number, got {schedule}")
     return power
 
 
-def curve(schedule: Schedule, t: Tensor) -> Tensor:
-    """Share known (same shape and dtype as t) at time t in [0, 1]; 0 at 0, 1 at 1, rising."""
-    power = power_of(schedule)
-    return CURVES[str(schedule)](t) if power is None else t**power
+def power_of(schedule: Schedule) -> float | None:
+    """The power of a schedule that is one ("square", 3, "2.5"), else None; ValueError for an unknown name."""
+    entry = _look_up(schedule)
+    return None if callable(entry) else entry
+
+
+def curve(schedule: Schedule, t: float) -> float:
+    """Share known at time t in [0, 1]; 0 at 0, 1 at 1, rising."""
+    entry = _look_up(schedule)
+    return entry(t) if callable(entry) else t**entry
 
 
 def mask_ratio(schedule: Schedule, u: Tensor) -> Tensor:
-    """Share masked while training for u uniform in [0, 1]: 1 - curve(u). For "arccos" this is the public code's
-    arccos(u) / (pi / 2)."""
-    return 1 - curve(schedule, u)
+    """Share masked while training (same shape and dtype as u) for u uniform in [0, 1]: 1 - curve(u). For "arccos" this
+    is the public code's arccos(u) / (pi / 2)."""
+    shares = [1 - curve(schedule, t) for t in u.flatten().tolist()]
+    return torch.tensor(shares, dtype=u.dtype, device=u.device).view_as(u)
 
 
 def cumulative_counts(schedule: Schedule, n: int, steps: int) -> list[int]:
@@ -64,12 +75,11 @@ def cumulative_counts(schedule: Schedule, n: int, steps: int) -> list[int]:
     if steps > n:
         raise ValueError(f"{steps} steps are more than the {n} tokens to reveal: use at most {n}")
     power = power_of(schedule)
-    if power is not None and power.is_integer():
-        shares = [Fraction(i + 1, steps) ** int(power) for i in range(steps)]
-        floors = [int(share * n) for share in shares]
+    if power in EXACT_POWERS:
+        p = int(power)
+        floors = [(i + 1) ** p * n // steps**p for i in range(steps)]
     else:
-        t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        floors = torch.floor(curve(schedule, t) * n).long().tolist()
+        floors = [math.floor(curve(schedule, (i + 1) / steps) * n) for i in range(steps)]
     floors[-1] = n
     counts: list[int] = []
     for i, floor in enumerate(floors):

@@ -112,8 +112,11 @@ def _spell_out(char: str) -> str:
 def wordpieces(word: str, vocabulary: Mapping[str, int]) -> list[str]:
     """Greedy longest-match cut of one word; continuations begin with `##`; [] where no cut exists.
 
-    Source: WordPiece as in BERT (Devlin et al. 2019), `BasicTokenizer` done before.
+    A vocabulary entry that begins with a blank is a whole word: it stands for that word and cuts no other.
+    Source: WordPiece as in BERT (Devlin et al. 2019), after its pre-tokeniser.
     """
+    if f" {word}" in vocabulary:
+        return [f" {word}"]
     pieces: list[str] = []
     start = 0
     while start < len(word) <= _LONGEST_WORD:
@@ -172,7 +175,7 @@ class WordVectors:
 
     def tokenize(self, prompt: str) -> list[str]:
         """The pieces a prompt is read as, uncut; words that cannot be read are left out."""
-        return [piece for word in split_words(prompt) for piece in wordpieces(word, self._index)]
+        return [piece.strip() for piece in self._pieces(prompt)]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Vectors of the prompts, zeros after the last token.
@@ -195,9 +198,12 @@ class WordVectors:
         """The empty condition: float32 zeros (1, T, D)."""
         return torch.zeros(1, self.max_length, self.dim)
 
+    def _pieces(self, prompt: str) -> list[str]:
+        return [piece for word in split_words(prompt) for piece in wordpieces(word, self._index)]
+
     def _readable(self, prompt: str) -> list[str]:
-        """At most T pieces of a checked prompt; warns of what is lost."""
-        pieces = self.tokenize(prompt)
+        """At most T vocabulary entries of a checked prompt; warns of what is lost."""
+        pieces = self._pieces(prompt)
         unknown = [word for word in split_words(prompt) if not wordpieces(word, self._index)]
         if not pieces:
             raise ValueError(
@@ -208,7 +214,9 @@ class WordVectors:
                 f"words that the encoder cannot read were left out: {_shorten(' '.join(unknown))}",
                 stacklevel=3,
             )
-        _warn_if_cut(len(pieces), self.max_length, " ".join(pieces[self.max_length :]).replace(" ##", ""))
+        dropped = " ".join(piece.strip() for piece in pieces[self.max_length :])
+        dropped = dropped.replace(" ##", "").removeprefix("##")
+        _warn_if_cut(len(pieces), self.max_length, dropped)
         return pieces[: self.max_length]
 
 
@@ -284,7 +292,6 @@ class HFTextEncoder:
         """T, tokens a prompt is padded or cut to."""
         return self._max_length
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Last hidden states of the prompts, computed together: float32 (B, T, D) on the encoder's device.
 
@@ -297,7 +304,8 @@ class HFTextEncoder:
         if self._model is None:
             raise RuntimeError("the text encoder's weights were released: load it anew")
         tokens = self._tokens(check_prompts(prompts)).to(self._model.device)
-        states = self._model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        with torch.no_grad():
+            states = self._model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return states.last_hidden_state.float()
 
     def null_text(self) -> Tensor:

@@ -22,7 +22,7 @@ def varied_prompt(record: Mapping[str, Any], generator: torch.Generator) -> str:
     templates; records without a style use the wording without one."""
     kind, choice, tag_choice = torch.rand(3, generator=generator).tolist()
     concept = str(record["caption"])
-    tags = [tag for tag in record.get("tags") or [] if tag not in concept]
+    tags = [tag for tag in record.get("tags") or [] if tag not in concept and any(c.isalnum() for c in tag)]
     if tags and kind > 0.7:
         tag = tags[int(tag_choice * len(tags))]
         concept = tag if kind > 0.9 else f"{concept}, {tag}"

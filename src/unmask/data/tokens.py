@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,16 +12,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import FORMAT_VERSION, atomic_folder, field, read_json, sha256, write_json
+from ..checkpoints import FORMAT_VERSION, atomic_folder, from_json, read_versioned, sha256, write_json
+from ..errors import UsageError
 
 SHARD = 65_536
-"""Pictures a shard at most."""
+"""Pictures a shard, about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of uint16 tokens (count, variants, h, w)."""
+
+    file: str
+    count: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of a token folder. variants: how often each picture stands there, as it is and, where there are
+    two, mirrored."""
+
+    format_version: int
+    grid: tuple[int, int]
+    codebook_size: int
+    variants: int
+    shards: tuple[Shard, ...]
+    records_sha256: str
+    tokenizer_sha256: str = ""
+    source: str = ""
 
 
 class TokenDataset:
     """Tokens (n, variants, h, w) and records of a folder that :func:`write_tokens` made.
 
-    Opening checks the size of every shard; `verify` also their hashes. Tokens stay on disk until asked for.
+    Opening checks the records and the size of every shard, :meth:`verify` every byte. Tokens stay on disk until asked
+    for. Raises FileNotFoundError or ValueError naming the file that is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -28,33 +55,37 @@ class TokenDataset:
         path = self.folder / "manifest.json"
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such token folder: make one with `unmask tokenize`")
-        self.manifest: dict[str, Any] = read_json(path)
-        self.grid: tuple[int, int] = tuple(field(self.manifest, "grid", path))
-        self.codebook_size: int = field(self.manifest, "codebook_size", path)
-        self.variants: int = field(self.manifest, "variants", path)
+        self.manifest = from_json(Manifest, read_versioned(path), path)
+        self.grid, self.codebook_size = self.manifest.grid, self.manifest.codebook_size
+        self.variants = self.manifest.variants
         shape = (self.variants, *self.grid)
         self._shards: list[np.ndarray] = []
-        for shard in field(self.manifest, "shards", path):
-            file = self.folder / shard["file"]
-            wanted = shard["count"] * int(np.prod(shape)) * 2
+        for shard in self.manifest.shards:
+            file = self.folder / Path(shard.file).name
+            wanted = shard.count * int(np.prod(shape)) * 2
             if not file.is_file() or file.stat().st_size != wanted:
                 raise ValueError(f"{file}: missing or damaged ({wanted} bytes expected): run `unmask tokenize` again")
-            self._shards.append(np.memmap(file, np.uint16, "r", shape=(shard["count"], *shape)))
-        lines = (self.folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            self._shards.append(np.memmap(file, np.uint16, "r", shape=(shard.count, *shape)))
+        records = self.folder / "records.jsonl"
+        self._check(records, self.manifest.records_sha256)
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in records.read_bytes().splitlines()]
         self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
         if len(self.records) != self._starts[-1]:
             raise ValueError(f"{self.folder}: {len(self.records)} records for {self._starts[-1]} pictures: run "
                              f"`unmask tokenize` again")
+
+    @staticmethod
+    def _check(file: Path, wanted: str) -> None:
+        if not file.is_file() or sha256(file) != wanted:
+            raise ValueError(f"{file}: missing or damaged: run `unmask tokenize` again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def verify(self) -> None:
         """Reads every shard and compares its hash; ValueError names the damaged file."""
-        for shard in self.manifest["shards"]:
-            if sha256(self.folder / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"{self.folder / shard['file']}: damaged: run `unmask tokenize` again")
+        for shard in self.manifest.shards:
+            self._check(self.folder / Path(shard.file).name, shard.sha256)
 
     def tokens(self, index: Tensor, variant: Tensor | None = None) -> Tensor:
         """Tokens (B, N) int64 of pictures `index` (B,), in their variant (B,) (0, the picture as it is, by
@@ -67,18 +98,29 @@ class TokenDataset:
         return torch.from_numpy(out)
 
     def select(self, **wanted: str) -> Tensor:
-        """Indices of the pictures whose record has all these values; a record without the field counts as having
-        it, so that data without a split are all of it."""
+        """Indices (m,) int64 of the pictures whose record has all these values."""
         chosen = [i for i, record in enumerate(self.records)
-                  if all(record.get(name, value) == value for name, value in wanted.items())]
+                  if all(record.get(name) == value for name, value in wanted.items())]
         return torch.tensor(chosen, dtype=torch.int64)
 
-    def class_names(self, name: str) -> list[str]:
-        """The sorted distinct values of a record field: the names of its classes."""
-        values = {str(record[name]) for record in self.records if name in record}
-        if not values:
-            raise ValueError(f"{self.folder}: no record has the field '{name}'")
-        return sorted(values)
+    def column(self, name: str) -> list[Any]:
+        """The field `name` of every record; UsageError where a record lacks it."""
+        for record in self.records:
+            if name not in record:
+                raise UsageError(f"{self.folder}: the picture '{record.get('key')}' has no field '{name}', only "
+                                 f"{', '.join(record)}")
+        return [record[name] for record in self.records]
+
+    def classes(self, name: str) -> tuple[list[str], Tensor]:
+        """Class names and labels (n,) int64 by a record field. Whole numbers are the labels themselves, named by the
+        field "class" where records have one; of anything else the sorted distinct values are the classes."""
+        values = self.column(name)
+        if all(type(value) is int and value >= 0 for value in values):
+            named = {value: str(record.get("class", value)) for value, record in zip(values, self.records, strict=True)}
+            return [named.get(i, str(i)) for i in range(max(values) + 1)], torch.tensor(values)
+        names = sorted({str(value) for value in values})
+        numbers = {value: i for i, value in enumerate(names)}
+        return names, torch.tensor([numbers[str(value)] for value in values])
 
 
 def write_tokens(out: str | Path, batches: Iterable[tuple[Tensor, list[dict[str, Any]]]], grid: tuple[int, int],
@@ -91,7 +133,7 @@ def write_tokens(out: str | Path, batches: Iterable[tuple[Tensor, list[dict[str,
     if codebook_size > 65_536:
         raise ValueError(f"tokens are stored as uint16: a codebook of {codebook_size} does not fit")
     out = Path(out)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "manifest.json") as folder:
         shards: list[dict[str, Any]] = []
         pending: list[np.ndarray] = []
         variants = 1
@@ -116,7 +158,7 @@ def write_tokens(out: str | Path, batches: Iterable[tuple[Tensor, list[dict[str,
             flush()
         if not shards:
             raise ValueError("there are no pictures to tokenize")
-        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "grid": list(grid),
-                                              "codebook_size": codebook_size, "variants": variants,
-                                              "shards": shards, **(extra or {})})
+        write_json(folder / "manifest.json", {
+            "format_version": FORMAT_VERSION, "grid": list(grid), "codebook_size": codebook_size, "variants": variants,
+            "shards": shards, "records_sha256": sha256(folder / "records.jsonl"), **(extra or {})})
     return out

@@ -76,7 +76,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for tensor in tensors.values():
         plain = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         digests.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
 
@@ -84,7 +84,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """No TF32 and fixed algorithms inside, so that figures do not depend on the kind of GPU."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     # torch keeps an old and a new setting for matrix products and refuses to work where they disagree.
     old, new = torch.get_float32_matmul_precision(), matmul.fp32_precision
     kept = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
@@ -280,7 +281,7 @@ class EfficientNetLite0(_Network):
         load_weights(self, _fold_batchnorms(state), file)
         self.hash = tensors_hash(state)
         self._freeze()
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps for a perceptual loss, differentiable with respect to `images`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class Statistics:
         """Write to `path`, atomically: .safetensors, or .npz that other FID tools read (`mu`, `sigma`)."""
         path = Path(path)
         if path.suffix == ".npz":
-            said = {"extractor": self.extractor, "hash": self.hash}
+            said: dict[str, Any] = {"extractor": self.extractor, "hash": self.hash}
             if self.count is not None:
                 said["count"] = str(self.count)
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -226,7 +226,7 @@ def _read_published(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
     return fields["mu"], fields["cov"], {}
 
 
-def _require(path: Path, fields: Mapping[str, object], *names: str) -> None:
+def _require(path: Path, fields: Mapping[Any, object], *names: str) -> None:
     for name in names:
         if name not in fields:
             raise ValueError(f"{path}: the field '{name}' is missing: not a statistics file")
@@ -318,10 +318,11 @@ def kernel_distance(
     for _ in range(subsets):
         x = real[torch.randperm(len(real), generator=generator)[:n].to(real.device)]
         y = fake[torch.randperm(len(fake), generator=generator)[:n].to(fake.device)]
-        within, cross = 0.0, _cubic(x, y).mean()
+        cross = _cubic(x, y).mean()
+        within = torch.zeros_like(cross)
         for z in (x, y):
             kernel = _cubic(z, z)
-            within = within + (kernel.sum() - kernel.trace()) / (n * (n - 1))
+            within += (kernel.sum() - kernel.trace()) / (n * (n - 1))
         values.append(within - 2 * cross)
     result = torch.stack(values)
     return Estimate(result.mean().item(), result.std(correction=0).item())

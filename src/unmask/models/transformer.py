@@ -170,6 +170,7 @@ class ClassTransformer(MaskedTransformer):
         self.final_norm = RMSNorm(c.width, bias=True)
         self._initialise()
         nn.init.zeros_(self.final_modulation.weight)
+        nn.init.zeros_(self.final_modulation.bias)
 
     def prepare(self, labels: Tensor, null: Tensor | None = None) -> Prepared:
         """labels (B,) int64 in [0, classes); where null (B,) bool is True the condition is dropped. Computes the

@@ -4,66 +4,94 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoints import read_config
+from ..checkpoints import field, from_json, read_config, read_json, write_json
 from ..data.images import ImageSource, load_rgba, open_images
 from ..data.tokens import TokenDataset, write_tokens
-from ..errors import unknown_name
+from ..errors import UsageError, unknown_name
 from ..pipeline import load_tokenizer
 from ..text import load_text_encoder
-from .loop import RunConfig, train
-from .presets import RECIPES, TOKENIZER_RECIPES
+from .loop import train
+from .presets import Recipe, TokenizerRecipe
 from .tokenizer import TokenizerTask, on_background
 from .transformer import Conditioning, TransformerTask
 
-
-def _override(run: RunConfig, overrides: dict[str, Any]) -> RunConfig:
-    return dataclasses.replace(run, **{k: v for k, v in overrides.items() if v is not None})
+R = TypeVar("R", Recipe, TokenizerRecipe)
 
 
-def _split(source: ImageSource, split: str) -> list[int]:
-    """Pictures of a split; data without splits hold out every twentieth."""
-    splits = [source.metadata(i).get("split") for i in range(len(source))]
-    if any(splits):
-        return [i for i, s in enumerate(splits) if s == split]
-    held = split == "held-concept"
-    return [i for i in range(len(splits)) if (i % 20 == 19) == held]
+def choose_recipe(presets: Mapping[str, Callable[[], R]], preset: str, file: Path | None,
+                  changes: Mapping[str, Mapping[str, Any]]) -> R:
+    """The recipe of a preset, changed by a JSON file that names some of its fields (such as
+    {"transformer": {"width": 128}, "label_field": "class"}) and by `changes`, {section: {field: value, or None}}."""
+    if preset not in presets:
+        raise unknown_name("preset", preset, list(presets))
+    recipe = presets[preset]()
+    values: dict[str, Any] = dataclasses.asdict(recipe)
+    given = read_json(file) if file else {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: a recipe is a JSON object")
+    for layer in (given, {name: {k: v for k, v in part.items() if v is not None} for name, part in changes.items()}):
+        for name, value in layer.items():
+            both = isinstance(value, dict) and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **value} if both else value
+    return from_json(type(recipe), values, file or f"preset {preset}")
 
 
-def run_train_tokenizer(data: Path, out: Path, preset: str, overrides: dict[str, Any], perceptual: float | None,
-                        quiet: bool) -> Path:
+def splits(source: ImageSource) -> list[str]:
+    """The split of every picture; data that name none hold out every twentieth, as "held-concept"."""
+    own = [source.metadata(i).get("split") for i in range(len(source))]
+    if any(own):
+        return [str(split) for split in own]
+    if len(own) < 2:
+        raise UsageError(f"{source.path}: training takes two pictures or more, one to hold out")
+    held = min(20, len(own))
+    return ["held-concept" if i % held == held - 1 else "train" for i in range(len(own))]
+
+
+def _run(task: TokenizerTask | TransformerTask, recipe: Recipe | TokenizerRecipe, out: Path, quiet: bool) -> Path:
+    """Trains, leaving the whole recipe beside the state, ready for --recipe."""
+    if not (out / "state.safetensors").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "recipe.json", dataclasses.asdict(recipe))
+    if not quiet:
+        parameters = sum(p.numel() for p in task.model.parameters())
+        print(f"{parameters / 1e6:.1f} M parameters, {task.describe()['pictures']} pictures", file=sys.stderr)
+    return train(task, recipe.run, out, quiet)
+
+
+def run_train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, quiet: bool) -> Path:
     """Trains a tokenizer on the "train" pictures of a tar or folder; returns its folder."""
-    if preset not in TOKENIZER_RECIPES:
-        raise unknown_name("preset", preset, list(TOKENIZER_RECIPES))
-    recipe = TOKENIZER_RECIPES[preset]()
-    run = _override(recipe.run, overrides)
-    objective = recipe.objective
-    if perceptual is not None:
-        objective = dataclasses.replace(objective, perceptual=perceptual)
+    source = open_images(data)
     network = None
-    if objective.perceptual:
+    if recipe.objective.perceptual:
         from ..evaluation.features import EfficientNetLite0
 
         network = EfficientNetLite0()
-    source = open_images(data)
-    pictures = {name: load_rgba(source, recipe.image_size, _split(source, name)) for name in ("train", "held-concept")}
-    task = TokenizerTask(recipe.tokenizer, objective, run, pictures["train"], pictures["held-concept"], network)
-    return train(task, run, out, quiet)
+    split = splits(source)
+    pictures = {name: load_rgba(source, recipe.image_size, [i for i, own in enumerate(split) if own == name])
+                for name in ("train", "held-concept")}
+    for name, part in pictures.items():
+        if not len(part):
+            raise UsageError(f"{data}: no picture has the split '{name}'")
+    task = TokenizerTask(recipe.tokenizer, recipe.objective, recipe.run, pictures["train"], pictures["held-concept"],
+                         network)
+    return _run(task, recipe, out, quiet)
 
 
 def run_tokenize(data: Path, tokenizer: Path, out: Path, flip: bool, quiet: bool) -> Path:
-    """Encodes every picture, on white, to a token folder with the pictures' records."""
+    """Encodes every picture, on white, to a token folder with the pictures' records and splits."""
     config = read_config(tokenizer)
     network = load_tokenizer(tokenizer)
-    size = int(config.get("image_size") or 256)
+    size = field(config, "image_size", tokenizer / "config.json")
     source = open_images(data)
+    split = splits(source)
     side = size // network.config.downsample
 
     def batches() -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
@@ -72,7 +100,7 @@ def run_tokenize(data: Path, tokenizer: Path, out: Path, flip: bool, quiet: bool
             x = on_background(load_rgba(source, size, index), torch.ones(len(index), 3))
             variants = [x, x.flip(-1)] if flip else [x]
             yield (torch.stack([network.encode(v) for v in variants], dim=1),
-                   [source.metadata(i) for i in index])
+                   [{**source.metadata(i), "split": split[i]} for i in index])
 
     with tqdm(total=len(source), unit="picture", disable=True if quiet else None) as bar:
         return write_tokens(out, batches(), (side, side), network.config.codebook_size,
@@ -80,25 +108,26 @@ def run_tokenize(data: Path, tokenizer: Path, out: Path, flip: bool, quiet: bool
                             bar.update)
 
 
-def run_train(data: Path, tokenizer: Path, out: Path, preset: str, overrides: dict[str, Any], quiet: bool) -> Path:
+def _conditioning(recipe: Recipe, data: TokenDataset) -> Conditioning:
+    if recipe.label_field:
+        names, labels = data.classes(recipe.label_field)
+        return Conditioning(tuple(names), labels)
+    data.column("caption")
+    assert recipe.text_encoder is not None
+    return Conditioning(text_encoder=load_text_encoder(recipe.text_encoder), text_encoder_name=recipe.text_encoder)
+
+
+def run_train(data: Path, tokenizer: Path, out: Path, recipe: Recipe, quiet: bool) -> Path:
     """Trains a transformer by a recipe; returns the pipeline folder."""
-    if preset not in RECIPES:
-        raise unknown_name("preset", preset, list(RECIPES))
-    recipe = RECIPES[preset]()
-    run = _override(recipe.run, overrides)
     tokens = TokenDataset(data)
     network = load_tokenizer(tokenizer)
-    made_with = tokens.manifest.get("tokenizer_sha256")
-    if made_with != read_config(tokenizer)["sha256"]["tokenizer.safetensors"]:
-        raise ValueError(f"{data}: these tokens were made with another tokenizer than {tokenizer}")
-    model = dataclasses.replace(recipe.transformer, grid=tokens.grid, codebook_size=tokens.codebook_size)
-    names: tuple[str, ...] = ()
-    if recipe.label_field:
-        names = tuple(tokens.class_names(recipe.label_field))
-        model = dataclasses.replace(model, classes=len(names))
-    encoder = load_text_encoder(recipe.text_encoder) if recipe.text_encoder else None
-    condition = Conditioning(recipe.label_field, names, encoder, recipe.text_encoder)
-    task = TransformerTask(model, recipe.objective, run, tokens, condition, network, recipe.sampler)
-    parameters = sum(p.numel() for p in task.model.parameters())
-    print(f"{parameters / 1e6:.1f} M parameters, {len(task.index)} pictures", file=sys.stderr)
-    return train(task, run, out, quiet)
+    if tokens.manifest.tokenizer_sha256 != read_config(tokenizer)["sha256"]["tokenizer.safetensors"]:
+        raise UsageError(f"{data}: these tokens were made with another tokenizer than {tokenizer}")
+    tokens.verify()
+    condition = _conditioning(recipe, tokens)
+    model = dataclasses.replace(recipe.transformer, grid=tokens.grid, codebook_size=tokens.codebook_size,
+                                classes=len(condition.class_names))
+    steps = min(recipe.sampler.num_inference_steps, model.tokens)
+    sampler = dataclasses.replace(recipe.sampler, num_inference_steps=steps)
+    task = TransformerTask(model, recipe.objective, recipe.run, tokens, condition, network, sampler)
+    return _run(task, recipe, out, quiet)

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..checkpoints import read_tensors, write_tensors
+from ..checkpoints import atomic_path, read_tensors, tensors_sha256, write_tensors
+from ..errors import UsageError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """How long and how to optimise; what is trained is the task's own matter.
 
-    learning_rate: peak, after `warmup_steps` of linear rise; `decay` is "cosine" (to zero at `steps`) or "constant".
+    learning_rate: peak, after `warmup_steps` of linear rise; `decay` is "cosine" (to zero at `steps`), "trapezoid" (constant, then linear to zero over the last
+    fifth: a run that has not come there can still be made longer or shorter) or "constant".
     The optimizer is AdamW; weight decay acts on matrices, not on gains and biases. clip: largest norm of the gradient, 0 is off. ema: decay of the weight average, 0 is off.
     precision: "float32" or "bf16" (autocast). threads: 0 leaves PyTorch's choice.
     """
@@ -50,13 +52,24 @@ class RunConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"decay": ("cosine", "constant"), "precision": ("float32", "bf16")}
+        choices = {"decay": ("cosine", "trapezoid", "constant"), "precision": ("float32", "bf16")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'")
+                raise unknown_name(name, getattr(self, name), known)
         for name in ("steps", "batch_size", "checkpoint_every", "sample_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "clip", "seed", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+
+
+COOLDOWN = 0.2
+"""Share of the steps in which the trapezoid's learning rate falls."""
 
 
 class Task(Protocol):
@@ -112,6 +125,8 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return 1.0
+    if config.decay == "trapezoid":
+        return min(1.0, (config.steps - step) / (COOLDOWN * config.steps))
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -131,9 +146,13 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/", 1)
+        like = parameters[int(index)]
+        if value.shape == like.shape:  # in the parameter's memory format: the fused kernel walks both side by side
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -162,19 +181,25 @@ class _Run:
             tensors["count"] = self.average.n_averaged
         tensors |= {f"optimizer/{k}": v for k, v in _flatten(self.optimizer).items()}
         tensors |= {f"extra/{k}": v for k, v in self.task.extra_state().items()}
-        metadata = {"step": str(self.step), "settings": json.dumps(self.description)}
+        metadata = {"step": str(self.step), "settings": json.dumps(self.description),
+                    "content_sha256": tensors_sha256(tensors)}
         write_tensors(self.out / "state.safetensors", {k: v.clone() for k, v in tensors.items()}, metadata)
 
     def resume(self) -> bool:
+        """Takes up the state in `out`, if there is one; UsageError where it belongs to a run with other settings."""
         path = self.out / "state.safetensors"
+        for stale in self.out.glob(f".{path.name}.*.tmp"):  # of a run killed while it wrote
+            stale.unlink()
         if not path.exists():
             return False
         tensors, metadata = read_tensors(path)
+        if metadata.get("content_sha256") not in (None, tensors_sha256(tensors)) or "settings" not in metadata:
+            raise ValueError(f"{path}: damaged: delete it to begin anew")
         settings = json.loads(metadata["settings"])
         for part in ("run", "task"):
             for key, value in self.description[part].items():
-                if settings[part].get(key) != value:
-                    raise ValueError(f"{path}: the run there has {key} = {settings[part].get(key)}, this command asks "
+                if settings[part].get(key) != value and not (key == "steps" and self._movable(settings, metadata)):
+                    raise UsageError(f"{path}: the run there has {key} = {settings[part].get(key)}, this command asks "
                                      f"for {value}: give another --out, or the same settings")
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -189,6 +214,13 @@ class _Run:
         self.step = int(metadata["step"])
         return True
 
+    def _movable(self, settings: dict[str, Any], metadata: Mapping[str, str]) -> bool:
+        """Whether the number of steps may still change: the steps done do not depend on it."""
+        done = int(metadata["step"])
+        ends = (int(settings["run"]["steps"]), self.config.steps)
+        return self.config.decay == "constant" or (
+            self.config.decay == "trapezoid" and done <= (1 - COOLDOWN) * min(ends))
+
     def log(self, record: dict[str, Any]) -> None:
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -199,7 +231,8 @@ class _Run:
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines()
                      if line.endswith("}") and json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def _one_step(run: _Run) -> dict[str, Tensor | float]:
@@ -210,11 +243,12 @@ def _one_step(run: _Run) -> dict[str, Tensor | float]:
     device = next(model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
         loss, figures = run.task.loss(run.step)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {float(loss)} at step {run.step}: lower the learning rate; the last "
-                                 f"checkpoint in {run.out} is intact")
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise FloatingPointError(f"step {run.step}: the loss is {float(loss):.4g}, the norm of its gradient "
+                                 f"{float(norm):.4g}: lower the learning rate; the last checkpoint in {run.out} is "
+                                 f"intact")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.average:
@@ -255,7 +289,8 @@ def train(task: Task, config: RunConfig, out: Path, quiet: bool = False) -> Path
                 run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
             if run.step % config.sample_every == 0 or last:
-                run.log({"step": run.step, **task.sample(run.evaluated, out / f"samples-{run.step:07d}.png")})
+                with atomic_path(out / f"samples-{run.step:07d}.png") as path:
+                    run.log({"step": run.step, **task.sample(run.evaluated, path)})
                 began, counted = time.perf_counter(), 0
             if run.step % config.checkpoint_every == 0 or last:
                 run.save()

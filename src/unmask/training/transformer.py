@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import write_model
+from ..checkpoints import tensors_sha256
 from ..data.prompts import prompt, varied_prompt
 from ..data.tokens import TokenDataset
 from ..models.transformer import (
@@ -19,6 +20,7 @@ from ..models.transformer import (
     TransformerConfig,
     build_transformer,
 )
+from ..pipeline import write_pipeline
 from ..sampling import Prepare, Settings, generate, prepare_labels, prepare_text
 from ..text import TextEncoder
 from ..tokenizers.vqgan import VQGAN
@@ -29,10 +31,11 @@ from .tokenizer import save_grid
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """What the pictures are drawn from: the field of a record that is the class, with its names, or a text encoder."""
+    """What the pictures are drawn from: classes, by name, with the label (n,) int64 of every picture; or a text
+    encoder, by its specification in text.load_text_encoder."""
 
-    label_field: str = ""
     class_names: tuple[str, ...] = ()
+    labels: Tensor | None = None
     text_encoder: TextEncoder | None = None
     text_encoder_name: str | None = None
 
@@ -59,19 +62,24 @@ class TransformerTask:
         self.objective, self.run, self.data, self.condition = objective, run, data, condition
         self.tokenizer, self.tokenizer_ref, self.sampler, self.card = tokenizer, tokenizer_ref, sampler, card or {}
         self.index = data.select(split="train")
-        self.labels = torch.zeros(0, dtype=torch.int64)
-        if config.condition == "class":
-            numbers = {name: i for i, name in enumerate(condition.class_names)}
-            self.labels = torch.tensor([numbers[str(r[condition.label_field])] for r in data.records])
+        if not len(self.index):
+            raise ValueError(f"{data.folder}: no picture has the split 'train'")
 
     def _prepared(self, index: Tensor, null: Tensor, generator: torch.Generator | None) -> Any:
         """Prepared conditions of pictures; varied wordings where a generator is given."""
         if isinstance(self.model, ClassTransformer):
-            return self.model.prepare(self.labels[index], null)
-        assert isinstance(self.model, TextTransformer) and self.condition.text_encoder is not None
+            assert self.condition.labels is not None
+            return self.model.prepare(self.condition.labels[index], null)
+        assert isinstance(self.model, TextTransformer)
         records = [self.data.records[i] for i in index.tolist()]
-        prompts = [prompt(r) if generator is None else varied_prompt(r, generator) for r in records]
-        return self.model.prepare(self.condition.text_encoder.encode(prompts), null)
+        return self.model.prepare(self._encode([prompt(r) if generator is None else varied_prompt(r, generator)
+                                                for r in records]), null)
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        assert self.condition.text_encoder is not None
+        with warnings.catch_warnings():  # long captions are cut: no news after the first thousand
+            warnings.simplefilter("ignore")
+            return self.condition.text_encoder.encode(prompts)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         generator = step_generator(self.run.seed, step, purpose=2)
@@ -92,10 +100,10 @@ class TransformerTask:
     def prepare_for(self, model: nn.Module, index: Tensor) -> Prepare:
         """The sampler's conditions for some pictures of the data."""
         if isinstance(model, ClassTransformer):
-            return prepare_labels(model, self.labels[index])
-        assert isinstance(model, TextTransformer) and self.condition.text_encoder is not None
-        return prepare_text(model, self.condition.text_encoder.encode([prompt(self.data.records[i])
-                                                                       for i in index.tolist()]))
+            assert self.condition.labels is not None
+            return prepare_labels(model, self.condition.labels[index])
+        assert isinstance(model, TextTransformer)
+        return prepare_text(model, self._encode([prompt(self.data.records[i]) for i in index.tolist()]))
 
     @torch.no_grad()
     def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
@@ -103,11 +111,11 @@ class TransformerTask:
         masked loss on up to 512 pictures of each split at fixed masks."""
         assert isinstance(model, MaskedTransformer)
         figures, rows = {}, []
+        splits = {split: self.data.select(split=split) for split in ("train", "held-pair", "held-concept")}
+        splits = {split: index for split, index in splits.items() if len(index)}
+        columns = min(16, *map(len, splits.values()))
         trained, self.model = self.model, model
-        for split in ("train", "held-pair", "held-concept"):
-            index = self.data.select(split=split)
-            if not len(index):
-                continue
+        for split, index in splits.items():
             index = index[torch.randperm(len(index), generator=step_generator(0, 0, purpose=5))][:512]
             total = 0.0
             for i, part in enumerate(index.split(128)):
@@ -116,33 +124,26 @@ class TransformerTask:
                 prepared = self._prepared(part, torch.zeros(len(part), dtype=torch.bool), None)
                 total += float(masked_loss(model, tokens, mask, prepared)) * len(part)
             figures[f"loss_{split}"] = total / len(index)
-            shown = index[:16]
-            drawn = generate(model, self.prepare_for(model, shown), list(range(len(shown))), self.sampler)
-            grid = (-1, *model.config.grid)
-            rows += [self.tokenizer.decode(t.view(grid)) for t in (self.data.tokens(shown), drawn) if len(shown) == 16]
+            shown = index[:columns]
+            drawn = generate(model, self.prepare_for(model, shown), list(range(columns)), self.sampler)
+            rows += [self.tokenizer.decode(t.view(-1, *model.config.grid)) for t in (self.data.tokens(shown), drawn)]
         self.model = trained
-        if rows:
-            save_grid(rows, path)
+        save_grid(rows, path)
         return figures
 
     def save(self, model: nn.Module, folder: Path, step: int) -> None:
         """A whole pipeline folder with bf16 weights; the tokenizer by reference where `tokenizer_ref` names one."""
         assert isinstance(model, MaskedTransformer)
         weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-        config: dict[str, Any] = {
-            "kind": "pipeline", "transformer": dataclasses.asdict(model.config),
-            "text_encoder": self.condition.text_encoder_name,
-            "class_names": list(self.condition.class_names) or None,
+        write_pipeline(folder, model.config, weights, self.tokenizer_ref or self.tokenizer, {
+            "text_encoder": self.condition.text_encoder_name, "class_names": list(self.condition.class_names) or None,
             "sampler": dataclasses.asdict(self.sampler), **self.card,
             "training": {"steps": step, "objective": dataclasses.asdict(self.objective),
-                         "run": dataclasses.asdict(self.run)}}
-        if self.tokenizer_ref:
-            config["tokenizer"] = self.tokenizer_ref
-        write_model(folder, {"transformer": weights}, config)
-        if not self.tokenizer_ref:
-            write_model(folder / "tokenizer", {"tokenizer": self.tokenizer.state_dict()},
-                        {"kind": "tokenizer", "tokenizer": dataclasses.asdict(self.tokenizer.config)})
+                         "run": dataclasses.asdict(self.run)}})
 
     def describe(self) -> dict[str, Any]:
-        return {"transformer": dataclasses.asdict(self.model.config),
-                "objective": dataclasses.asdict(self.objective), "pictures": len(self.index)}
+        labels = self.condition.labels
+        return {"transformer": dataclasses.asdict(self.model.config), "objective": dataclasses.asdict(self.objective),
+                "pictures": len(self.index), "shards": [shard.sha256 for shard in self.data.manifest.shards],
+                "text_encoder": self.condition.text_encoder_name,
+                "labels": None if labels is None else tensors_sha256({"labels": labels})}

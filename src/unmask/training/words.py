@@ -61,28 +61,29 @@ def distill(
     pieces = (folder / "vocab.txt").read_text("utf-8").split("\n")
     full = {piece: i for i, piece in enumerate(pieces) if piece}
     words = list(words)
-    base = [piece for piece in full if _LATIN.fullmatch(piece)]
-    base += _cut_words(words, full)
-    extra = [word for word in _cut_words(extra_words, full) if word not in set(base)]
+    base = [piece for piece in full if _LATIN.fullmatch(piece)] + _cut_words(words, full)
+    known = set(base)
+    extra = [word for word in _cut_words(extra_words, full) if word not in known]
     raw, raw_extra = _embed(folder, base, full), _embed(folder, extra, full)
     whole = np.array([not name.startswith("##") for name in base])  # continuations would bend the axes
     mean, axes = _principal_axes(raw[whole], dim)
     rows, extra_rows = (raw - mean) @ axes, (raw_extra - mean) @ axes
-    index = {name: i for i, name in enumerate(base)}
-    cuts = ([index[piece] for piece in wordpieces(word, full)] for word in extra)
-    means = np.array([rows[cut].mean(0) for cut in cuts]).reshape(extra_rows.shape)
-    missed = np.flatnonzero(np.sum(_unit(means) * _unit(extra_rows), axis=1) < extra_agreement)
+
+    row_of = dict(zip(base, rows, strict=True))
+    cut = [np.mean([row_of[piece] for piece in wordpieces(word, full)], axis=0) for word in extra]
+    agreement = np.sum(_unit(np.reshape(cut, extra_rows.shape)) * _unit(extra_rows), axis=1)
+    missed = np.flatnonzero(agreement < extra_agreement)
     closeness = (_unit(extra_rows[missed]) @ _unit(rows[np.isin(base, words)]).T).max(1, initial=-1)
     chosen = np.sort(missed[np.argsort(-closeness, kind="stable")[:extra_limit]])
+
     names = base + [extra[i] for i in chosen]
-    rows = (
-        np.concatenate([rows, extra_rows[chosen]]) * _frequency_weights(names, len(base), sif, floor)[:, None]
-    )
-    rows /= np.sqrt(np.mean(rows[: len(base)][whole] ** 2))  # whole words: root mean square 1
-    scales = (np.abs(rows).max(1, keepdims=True) / 127).astype(np.float32)
-    vectors = np.round(rows / scales).astype(np.int8)
-    scales = scales[:, 0].copy()
-    packed = torch.frombuffer(bytearray("\n".join(names).encode()), dtype=torch.uint8)
+    rows = np.concatenate([rows, extra_rows[chosen]])
+    rows *= _frequency_weights(names, len(base), sif, floor)[:, None]
+    rows /= np.sqrt(np.mean(rows[: len(base)][whole] ** 2))  # words: root mean square 1
+    scales = (np.abs(rows).max(1) / 127).astype(np.float32)
+    vectors = np.round(rows / scales[:, None]).astype(np.int8)
+    text = "\n".join(name if name in full else " " + name for name in names)  # see text.wordpieces
+    packed = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     tensors = {"vocabulary": packed, "vectors": torch.from_numpy(vectors), "scales": torch.from_numpy(scales)}
     write_tensors(Path(out), tensors, {"sha256": hash_words(tensors.values())})
 
@@ -106,7 +107,7 @@ def emojibase_words(path: str | Path) -> list[str]:
 def scowl_words(folder: str | Path, sizes: Iterable[int] = (10, 20, 35)) -> list[str]:
     """Sorted English words of three letters or more, no genitives, from SCOWL's `english-words.*`."""
     paths = [Path(folder) / f"english-words.{size}" for size in sizes]
-    lines = [line for path in paths for line in path.read_text("latin-1").splitlines()]
+    lines = [line for path in paths for line in path.read_text("utf-8").splitlines()]
     words = (split_words(line) for line in lines if "'" not in line)
     return sorted({word for parts in words for word in parts if len(word) > 2})
 
