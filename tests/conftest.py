@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from unmask.models.transformer import MaskedTransformer, TransformerConfig, build_transformer
+from unmask.pipeline import Pipeline
+from unmask.sampling import Settings
+from unmask.text import WordVectors
+from unmask.tokenizers.vqgan import VQGAN, VQConfig
 
 hypothesis.settings.register_profile("unmask", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("unmask")
@@ -81,3 +86,27 @@ def global_random_state_kept():
     before = state()
     yield
     assert state() == before, "the global random state changed"
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_pipeline_folder("class" or "text"): a complete pipeline folder of random weights, drawing 8x12 pixels. Do not
+    change it: copy it first."""
+    made: dict[str, Path] = {}
+
+    def make(condition: str) -> Path:
+        if condition not in made:
+            tokenizer = VQGAN(VQConfig(13, 4, 8, (1, 2), (0, 1), (1, 1), 8, norm_groups=2)).eval().requires_grad_(False)
+            generator = torch.Generator().manual_seed(1)
+            for weight in tokenizer.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
+            words = WordVectors.load()
+            changes = {"text_dim": words.dim, "text_length": words.max_length} if condition == "text" else {}
+            pipe = Pipeline(build_tiny(condition, **changes), tokenizer, words if condition == "text" else None,
+                            ["ant", "bee, wasp", "cat", "dog", "elk"] if condition == "class" else None,
+                            Settings(num_inference_steps=6), config={"text_encoder": "words"} if changes else {})
+            made[condition] = tmp_path_factory.mktemp("pipelines") / f"tiny-{condition}"
+            pipe.save_pretrained(made[condition])
+        return made[condition]
+
+    return make

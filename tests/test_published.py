@@ -10,6 +10,7 @@ import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -19,7 +20,14 @@ from safetensors.torch import save_file
 
 from unmask import checkpoints, conversion, hub, published
 from unmask.conversion import GUIDANCE_SCALES, convert, imagenet_classes, sampler_defaults
-from unmask.layouts import _published_shape, build_network, infer_config, published_name, read_checkpoint, to_ours
+from unmask.layouts import (
+    _published_shape,
+    build_network,
+    infer_config,
+    published_name,
+    read_checkpoint,
+    to_ours,
+)
 from unmask.models.presets import TRANSFORMERS, build
 from unmask.models.transformer import TransformerConfig
 from unmask.pipeline import Pipeline, load_model
@@ -189,8 +197,8 @@ BAD = {"truncated": "truncated", "flipped": "damaged", "empty": "not a checkpoin
        "old format": "before 1.6", "compressed": "compressed", "text": "not a checkpoint",
        "resnet": "conv1.weight", "nested": "'epoch' is a int", "list": "no weights", "nothing": "no weights",
        "sparse": "not a dense", "bomb": "not a dense", "wrong shape": r"has shape \(383,\)",
-       "wrong axes": "2 axes were expected", "nan": "NaN", "integers": "int64", "missing": "wk.weight' is missing",
-       "extra": "controlnet.weight' is unexpected", "untied": "differs from 'tok_emb.weight'",
+       "wrong axes": "2 axes were expected", "nan": "NaN", "integers": "int64",
+       "missing": "wk.weight' is missing", "extra": "controlnet.weight' is unexpected", "untied": "differs from 'tok_emb.weight'",
        "oblong": "no square grid"}
 
 
@@ -240,7 +248,8 @@ def test_converts_loads_and_draws(files, tmp_path) -> None:
     assert images[0].size == (256, 256)
     expected = to_ours(layout(CLASS), CLASS)
     torch.testing.assert_close(dict(pipe.transformer.state_dict()), expected, rtol=0, atol=0)
-    torch.testing.assert_close(dict(pipe.tokenizer.state_dict()), to_ours(layout(CODES), CODES), rtol=0, atol=0)
+    codes = to_ours(layout(CODES), CODES)
+    torch.testing.assert_close(dict(pipe.tokenizer.state_dict()), codes, rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["source"] == {"file": "class.pth", "sha256": checkpoints.sha256(files / "class.pth")}
     assert config["sampler"] == sampler_defaults(CLASS)
@@ -321,7 +330,7 @@ def test_full_disk_leaves_nothing(files, tmp_path, monkeypatch, call: int) -> No
 
 def test_a_disk_too_small_is_seen_before_writing(files, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(OSError, match="needed, 0.0 GB free"):
+    with pytest.raises(OSError, match=r"needed, 0\.0 GB free"):
         convert(files / "class.pth", tmp_path / "out", files / "vq.pt")
     assert leftovers(tmp_path) == []
 
@@ -346,15 +355,16 @@ def test_published_figures() -> None:
 
 def test_temperature_is_the_public_multiplier() -> None:
     """The public code multiplies logits by linspace(1, 1.2, steps); ours divides them by the temperature."""
-    temperature = checkpoints.from_json(Settings, sampler_defaults(CLASS), "sampler").temperature
-    ours = torch.tensor([1 / value_at(temperature, i, 32) for i in range(32)])
+    settings = checkpoints.from_json(Settings, sampler_defaults(CLASS), "sampler")
+    ours = torch.tensor([1 / value_at(settings.temperature, i, 32) for i in range(32)])
     torch.testing.assert_close(ours, torch.linspace(1, 1.2, 32))
 
 
 def test_table2_networks_take_the_papers_schedule() -> None:
     for name in ("class-xl-2", "text-l-2"):
         assert sampler_defaults(TRANSFORMERS[name]())["schedule"] == "square"
-    assert {**published.SAMPLER_PRESETS["paper"], "schedule": "arccos"} == published.SAMPLER_PRESETS["published"]
+    presets = published.SAMPLER_PRESETS
+    assert {**presets["paper"], "schedule": "arccos"} == presets["published"]
 
 
 def test_imagenet_classes() -> None:
@@ -411,20 +421,19 @@ def test_fetch_of_a_repository_in_our_format(home, tmp_path, monkeypatch) -> Non
     assert fetch("someone/else") == tmp_path
 
 
-def response(status: int):
-    import httpx
-
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
+RESPONSE = SimpleNamespace(headers={}, request=None)
 
 
 @pytest.mark.parametrize(("error", "kind", "line"), [
     (lambda: errors.LocalEntryNotFoundError("gone"), ConnectionError, "cannot be reached"),
     (lambda: errors.OfflineModeIsEnabled("off"), ConnectionError, "cannot be reached"),
     (lambda: ConnectionError("refused"), ConnectionError, "cannot be reached"),
-    (lambda: errors.RepositoryNotFoundError("no\nrepo", response=response(404)), ValueError, "no such repository"),
-    (lambda: errors.GatedRepoError("gate", response=response(403)), ValueError, "gated"),
-    (lambda: errors.RemoteEntryNotFoundError("no", response=response(404)), ValueError, "no such file"),
-    (lambda: errors.HfHubHTTPError("500 error\nmore", response=response(500)), ConnectionError, "answered 500"),
+    (lambda: errors.RepositoryNotFoundError("no\nrepo", response=RESPONSE), ValueError, "no such repository"),
+    (lambda: errors.GatedRepoError("gate", response=RESPONSE), ValueError, "gated"),
+    (lambda: errors.RemoteEntryNotFoundError("no", response=RESPONSE), ValueError, "no such file"),
+    (lambda: errors.HfHubHTTPError("500 error\nmore", response=RESPONSE), ConnectionError, "answered 500"),
+    (lambda: Exception("read timed out\nmore"), ConnectionError, "read timed out: try again"),
+    (lambda: OSError(errno.ENOSPC, "No space left on device"), OSError, "the disk is full"),
     (lambda: errors.HFValidationError("bad"), ValueError, "no name a Hub repository can have"),
 ])
 def test_what_goes_wrong_at_the_hub_is_one_line(home, monkeypatch, error, kind, line: str) -> None:
@@ -466,9 +475,9 @@ def test_catalogue(home, network) -> None:
     fetch("someone/else:mine.pth")
     rows = {row["name"]: row for row in catalogue()}
     assert rows["halton-maskgit-t-256"]["where"] == "cached"
-    assert rows["halton-maskgit-l-384"] == {"name": "halton-maskgit-l-384", "where": "published", "condition": "class",
-                                            "pixels": "384", "grid": "24x24", "parameters": "480.0M",
-                                            "licence": "mit"}
+    assert rows["halton-maskgit-l-384"] == {
+        "name": "halton-maskgit-l-384", "where": "published", "condition": "class", "pixels": "384",
+        "grid": "24x24", "parameters": "480.0M", "licence": "mit"}
     assert sum("else" in name for name in rows) == 1
     assert len({tuple(row) for row in rows.values()}) == 1
 
@@ -489,8 +498,8 @@ FETCH = """
 def test_two_processes_at_once(files, home) -> None:
     command = [sys.executable, "-c", textwrap.dedent(FETCH), str(files)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-            for _ in range(2)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    both = [subprocess.Popen(command, **options) for _ in range(2)]
     results = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], results
     assert results[0][0].split()[0] == results[1][0].split()[0]
@@ -548,8 +557,9 @@ def test_peak_memory_of_converting(full_tokenizer, tmp_path) -> None:
     torch.save(state, tmp_path / "large.pth")
     size = sum(tensor.nbytes for key, tensor in weights.items() if key != "head.weight")
     del weights, state
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "large.pth"),
-                           str(tmp_path / "out"), str(full_tokenizer)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "large.pth"), str(tmp_path / "out"),
+               str(full_tokenizer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     print(f"peak {int(done.stdout) / size:.3f} of {size / 1e9:.2f} GB")
     assert int(done.stdout) < 1.3 * size

