@@ -43,9 +43,14 @@ def test_atomic_path_replaces_whole(tmp_path: Path) -> None:
 def test_atomic_path_keeps_the_old_on_error(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -64,9 +69,14 @@ def test_atomic_folder_keeps_the_old_on_error(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
-        (temporary / "config.json").write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_folder(folder) as temporary:
+            (temporary / "config.json").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert (folder / "config.json").read_text() == "old"
 
     replace = os.replace
@@ -217,7 +227,8 @@ def test_from_json_nested() -> None:
     globals()["Outer"] = Outer  # get_type_hints looks names up in the module
     assert from_json(Outer, {"settings": {}, "pair": [1, 2]}, "x") == Outer(Settings(), (1, 2))
     assert from_json(Outer, {"settings": {}, "pair": None}, "x").pair is None
-    for values, message in (({}, "'settings' is missing"), ({"settings": {"top_k": 0.5}}, "'settings.top_k' must be int"),
+    for values, message in (({}, "'settings' is missing"),
+                            ({"settings": {"top_k": 0.5}}, "'settings.top_k' must be int"),
                             ({"settings": {"order": "halto"}}, "unknown order 'halto': did you mean halton"),
                             ({"settings": {}, "pair": [1]}, "'pair' must be"),
                             ({"settings": {"guidance_scale": {"value": 1}}}, "'settings.guidance_scale' must be")):

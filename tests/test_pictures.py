@@ -75,7 +75,7 @@ def test_pictures_without_a_record(tmp_path: Path) -> None:
     data = io.BytesIO()
     plain("red").save(data, "PNG")
     path.write_bytes(data.getvalue()[:-30])
-    with pytest.raises(ValueError, match="not a readable picture|carries no record"):
+    with pytest.raises(ValueError, match=r"not a readable picture|carries no record"):
         read_made(path)
 
 

@@ -198,7 +198,8 @@ BAD = {"truncated": "truncated", "flipped": "damaged", "empty": "not a checkpoin
        "resnet": "conv1.weight", "nested": "'epoch' is a int", "list": "no weights", "nothing": "no weights",
        "sparse": "not a dense", "bomb": "not a dense", "wrong shape": r"has shape \(383,\)",
        "wrong axes": "2 axes were expected", "nan": "NaN", "integers": "int64",
-       "missing": "wk.weight' is missing", "extra": "controlnet.weight' is unexpected", "untied": "differs from 'tok_emb.weight'",
+       "missing": "wk.weight' is missing", "extra": "controlnet.weight' is unexpected",
+       "untied": "differs from 'tok_emb.weight'",
        "oblong": "no square grid"}
 
 
@@ -262,7 +263,8 @@ def test_converts_loads_and_draws(files, tmp_path) -> None:
 
 
 def test_text_models_convert(files, tmp_path) -> None:
-    folder = convert(files / "text.pth", tmp_path / "out", files / "vq.pt", text_encoder="words", licence="mit")
+    folder = convert(files / "text.pth", tmp_path / "out", files / "vq.pt", text_encoder="words",
+                     licence="mit")
     model = load_model(folder)
     assert model.config == TEXT
     torch.testing.assert_close(dict(model.state_dict()), to_ours(layout(TEXT), TEXT), rtol=0, atol=0)
@@ -369,8 +371,8 @@ def test_table2_networks_take_the_papers_schedule() -> None:
 
 def test_imagenet_classes() -> None:
     names = imagenet_classes()
-    known = {0: "tench", 1: "goldfish", 88: "macaw", 207: "golden retriever", 388: "giant panda", 985: "daisy",
-             999: "toilet tissue", 134: "crane bird", 517: "construction crane"}
+    known = {0: "tench", 1: "goldfish", 88: "macaw", 207: "golden retriever", 388: "giant panda",
+             985: "daisy", 999: "toilet tissue", 134: "crane bird", 517: "construction crane"}
     assert {i: names[i] for i in known} == known
     assert len(names) == len({name.lower() for name in names}) == 1000
     assert all(name == name.strip() and name.isascii() for name in names)
@@ -552,13 +554,13 @@ def test_peak_memory_of_converting(full_tokenizer, tmp_path) -> None:
     weights = {key: torch.randn(shape) for key, shape in shapes.items()}
     weights["head.weight"] = weights["tok_emb.weight"]
     state = training_state(weights)
-    state["optimizer_state_dict"]["state"] = {
-        i: {"exp_avg": tensor.clone(), "exp_avg_sq": tensor.clone()} for i, tensor in enumerate(weights.values())}
+    state["optimizer_state_dict"]["state"] = {i: {"exp_avg": tensor.clone(), "exp_avg_sq": tensor.clone()}
+                                              for i, tensor in enumerate(weights.values())}
     torch.save(state, tmp_path / "large.pth")
     size = sum(tensor.nbytes for key, tensor in weights.items() if key != "head.weight")
     del weights, state
-    command = [sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "large.pth"), str(tmp_path / "out"),
-               str(full_tokenizer)]
+    command = [sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "large.pth"),
+               str(tmp_path / "out"), str(full_tokenizer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     print(f"peak {int(done.stdout) / size:.3f} of {size / 1e9:.2f} GB")

@@ -357,12 +357,15 @@ def sampler(model: MaskedTransformer, settings: Settings, chunk: int | None) -> 
 
 def different_tokens(sample: Sampler, batches: int = 20, largest: int = 32) -> int:
     """Tokens that differ between an image drawn alone and in random batches in random order."""
-    alone = [sample([seed], [label])[0] for seed, label in IMAGES]
+    alone: dict[int, Tensor] = {}
     chance, differ = random.Random(0), 0
     for _ in range(batches):
         chosen = chance.sample(range(len(IMAGES)), chance.randint(2, largest))
         together = sample([IMAGES[i][0] for i in chosen], [IMAGES[i][1] for i in chosen])
-        differ += sum(int((together[row] != alone[i]).sum()) for row, i in enumerate(chosen))
+        for row, i in enumerate(chosen):
+            if i not in alone:
+                alone[i] = sample([IMAGES[i][0]], [IMAGES[i][1]])[0]
+            differ += int((together[row] != alone[i]).sum())
     return differ
 
 

@@ -48,7 +48,7 @@ def test_select(tmp_path: Path) -> None:
 
 
 def test_classes_by_name_and_by_number(tmp_path: Path) -> None:
-    records = [{"key": str(i), "class": "zebra" if i % 2 else "ant", "label": 10 if i % 2 else 2, "mixed": [1, "x"][i % 2]}
+    records = [{"key": str(i), "class": ("ant", "zebra")[i % 2], "label": (2, 10)[i % 2], "mixed": (1, "x")[i % 2]}
                for i in range(4)]
     make(tmp_path / "t", 4, records=records)
     data = TokenDataset(tmp_path / "t")

@@ -98,7 +98,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes tensors as one safetensors file, atomically."""
     with atomic_path(path) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata=dict(metadata or {}))
+        temporary.chmod(mode)  # safetensors would leave it readable by its owner alone
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None,
@@ -115,7 +118,7 @@ def read_tensors(path: Path, expected_sha256: str | None = None,
         raise ValueError(f"{path}: damaged (its sha256 is not the one in config.json): fetch or train it again")
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no mapping)
             return {name[len(prefix):]: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}): fetch or train it again") from None
@@ -188,7 +191,7 @@ def _decode(hint: Any, value: Any, source: str, name: str) -> Any:
         each = options[:1] * len(value) if options[-1] is Ellipsis else options
         if len(each) == len(value):
             return tuple(_decode(h, v, source, name) for h, v in zip(each, value, strict=True))
-    elif hint is float and type(value) in (int, float) or type(value) is hint:
+    elif (hint is float and type(value) is int) or type(value) is hint:
         return value
     shown = hint.__name__ if isinstance(hint, type) and not options else str(hint)
     raise TypeError(f"{source}: the field '{name}' must be {shown.replace('NoneType', 'None')}, got {value!r}")
@@ -197,8 +200,8 @@ def _decode(hint: Any, value: Any, source: str, name: str) -> Any:
 def _decode_dataclass(kind: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
     fields = dataclasses.fields(kind)
     for name in values.keys() - {f.name for f in fields}:
-        near = difflib.get_close_matches(name, [f.name for f in fields], n=1)
-        raise TypeError(f"{source}: the field '{prefix}{name}' is unknown" + (f": did you mean {near[0]}?" if near else ""))
+        near = "".join(f": did you mean {n}?" for n in difflib.get_close_matches(name, [f.name for f in fields], n=1))
+        raise TypeError(f"{source}: the field '{prefix}{name}' is unknown{near}")
     for f in fields:
         if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise TypeError(f"{source}: the field '{prefix}{f.name}' is missing")

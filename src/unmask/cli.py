@@ -17,7 +17,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+from tyro.conf import (
+    DisallowNone,
+    FlagCreatePairsOff,
+    OmitArgPrefixes,
+    OmitSubcommandPrefixes,
+    Positional,
+    arg,
+    subcommand,
+)
 
 from . import __version__
 from .errors import UsageError
@@ -33,6 +41,9 @@ Number = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 Real = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
 Text = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")]
+Numbers = Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")]
+Reals = Annotated[tuple[str, ...], arg(metavar="X ...", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 Json = Annotated[bool, arg(name="json", help_behavior_hint="")]
 
@@ -451,6 +462,66 @@ def train(
     print(run_train(data, tokenizer, out, chosen, quiet))
 
 
+def evaluate(
+    model: Positional[Annotated[str, arg(metavar="MODEL")]],
+    /,
+    reference: Path,
+    out: Path,
+    images: Annotated[int, arg(metavar="N")] = 5000,
+    steps: Numbers = (),
+    orders: Names = (),
+    schedules: Names = (),
+    guidance_scales: Reals = (),
+    temperatures: Reals = (),
+    seed: Annotated[int, arg(metavar="N")] = 0,
+    split: Text = None,
+    label_field: Text = None,
+    resize: Flag = False,
+    extractor: Annotated[str, arg(metavar="NAME")] = "efficientnet-lite0@128",
+    extractor_weights: File = None,
+    batch_size: Annotated[int, arg(metavar="N")] = 64,
+    allow_few: Flag = False,
+    force: Flag = False,
+    quiet: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: FID, KID, Inception Score, precision, recall, density, coverage.
+
+    Several values of a setting measure every combination. What is not given is as the model's own settings say. The
+    same command goes on where a run stopped; under torchrun all processes draw.
+
+    Args:
+        model: An embedded model, a folder, a published name or a Hub repository.
+        reference: Real pictures (a webdataset tar or a folder), or a statistics file (.safetensors, .npz, .pt).
+        out: Folder for result.json, result.md, sample grids and the features that a later run goes on with.
+        images: Pictures drawn for each combination of settings.
+        steps: Model evaluations a picture.
+        orders: Of the tokens: halton, random, raster, sobol, confidence.
+        schedules: arccos, square, cosine, linear, root, or a power such as 3.
+        guidance_scales: Numbers, ramps (1:4) or intervals (3@0.2-0.8).
+        temperatures: Numbers, ramps or intervals.
+        seed: Picture i takes seed + i.
+        split: Take only the reference's pictures of this split, such as train.
+        label_field: The field of the reference's records that names the class. By default the first that fits.
+        resize: Take reference pictures of different sizes, each cropped to a square and scaled.
+        extractor: efficientnet-lite0, inception-v3, dinov2 or clip, with its resize after an @.
+        extractor_weights: Its weight file or folder.
+        batch_size: Pictures drawn at a time.
+        allow_few: Compute FID also from no more pictures than features: compare equal numbers of pictures only.
+        force: Replace the report of another evaluation.
+        quiet: No progress bar.
+        as_json: Print the report as one JSON object.
+    """
+    from .evaluation.evaluate import run_evaluate
+
+    axes = {"steps": steps, "orders": orders, "schedules": schedules, "guidance_scales": guidance_scales,
+            "temperatures": temperatures}
+    report, page = run_evaluate(model, reference, out, images, seed, axes, extractor, extractor_weights, split,
+                                label_field, resize, batch_size, allow_few, force, quiet)
+    if report is not None:
+        print(json.dumps(report, ensure_ascii=False) if as_json else page)
+
+
 COMMANDS = {
     "generate": generate,
     "replay": replay,
@@ -460,6 +531,7 @@ COMMANDS = {
     "train-tokenizer": train_tokenizer,
     "tokenize": tokenize,
     "train": train,
+    "evaluate": evaluate,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -94,8 +95,12 @@ def _one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: the repository has no such file") from None
     except errors.HfHubHTTPError as error:
         raise ConnectionError(f"{what}: the Hub answered {str(error).splitlines()[0][:120]}") from None
-    except (OSError, ValueError):
-        raise  # a full disk, above all
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{what}: the disk is full: make room, or set HF_HOME to another place") from None
+    except ValueError:
+        raise
     except Exception as error:  # of the HTTP library, which is not ours to know: a connection that breaks
         first = (str(error).splitlines() or [""])[0][:120]
         raise ConnectionError(f"{what}: {type(error).__name__} {first}: try again") from None

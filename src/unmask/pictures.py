@@ -100,7 +100,9 @@ def read_made(path: Path) -> list[Made]:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the record of how it was made is damaged ({error})") from None
-    return [from_json(Made, record, path) for record in (records if isinstance(records, list) and records else [records])]
+    if not isinstance(records, list) or not records:
+        records = [records]
+    return [from_json(Made, record, path) for record in records]
 
 
 def save_film(frames: Iterable[Sequence[Image.Image]], path: Path) -> None:

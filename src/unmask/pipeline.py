@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import sampling
 from .checkpoints import atomic_folder, field, from_json, load_weights, read_config, read_weights, write_model
-from .errors import UsageError, unknown_name
+from .errors import unknown_name
 from .models.transformer import (
     ClassTransformer,
     MaskedTransformer,
@@ -41,15 +41,16 @@ def embedded_folder(name: str) -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder that a name stands for: an embedded model, a folder, a published name, or a Hub repository in our
-    format (owner/name). Raises UnknownName (a ValueError) for a name that is none of these."""
+    """The folder that a name stands for: an embedded model, a folder, or what published.fetch takes (a published name,
+    a Hub repository "owner/name" in our format, one of its checkpoints "owner/name:file"). Raises UnknownName (a
+    ValueError) for a name that is none of these."""
     if str(name) in EMBEDDED:
         return embedded_folder(str(name))
     if Path(name).is_dir():
         return Path(name)
     from . import published
 
-    if str(name) in published.PUBLISHED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+    if str(name) in published.PUBLISHED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.+)?", str(name)):
         return published.fetch(str(name))
     raise unknown_name("model", name, [*EMBEDDED, *published.PUBLISHED, "a folder", "a Hub repository"])
 
@@ -163,14 +164,15 @@ class Pipeline:
                    config.get("class_names"), from_json(Settings, config.get("sampler") or {}, path),
                    shown, config["sha256"]["transformer.safetensors"], config)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that loads back equal: weights as they are, tokenizer in a sub-folder, text encoder by name.
-        An existing model folder is replaced; UsageError for a folder that holds anything else."""
+    def save_pretrained(self, folder: str | Path, tokenizer: str | None = None) -> None:
+        """Writes a folder that loads back equal: weights as they are, text encoder by name, the tokenizer in a
+        sub-folder or, where `tokenizer` names one, as the tokenizer folder of that name beside `folder`. An
+        existing model folder is replaced; UsageError for a folder that holds anything else."""
         kept = {k: v for k, v in self.config.items()
                 if k not in ("transformer", "tokenizer", "sha256", "format_version", "kind")}
-        write_pipeline(Path(folder), self.transformer.config, self.transformer.state_dict(), self.tokenizer, {
-            "text_encoder": None, **kept, "class_names": self.class_names,
-            "sampler": dataclasses.asdict(self.settings)})
+        write_pipeline(Path(folder), self.transformer.config, self.transformer.state_dict(),
+                       tokenizer or self.tokenizer, {"text_encoder": None, **kept, "class_names": self.class_names,
+                                                     "sampler": dataclasses.asdict(self.settings)})
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Uploads what :meth:`save_pretrained` writes to a Hugging Face repository; returns its address."""
@@ -249,7 +251,8 @@ class Pipeline:
         if request.labels is not None:
             assert isinstance(self.transformer, ClassTransformer)
             return sampling.prepare_labels(self.transformer, torch.tensor(request.labels, device=self.device))
-        assert isinstance(self.transformer, TextTransformer) and request.prompts is not None
+        assert isinstance(self.transformer, TextTransformer)
+        assert request.prompts is not None
         if self.text_encoder is None:
             raise ValueError(f"{self.name}: this text model names no text encoder in its config.json")
         encoder = self.text_encoder
@@ -318,7 +321,8 @@ class Pipeline:
                     raise ValueError("the callback stops the run: that needs previews=True")
                 used = dataclasses.replace(used, stop_after=step.index + 1)
                 break
-        assert step is not None and step.preview is not None
+        assert step is not None
+        assert step.preview is not None
         made = self._made(request, used, known_tokens is not None)
         return Output(self._images(step.preview, output_type), step.preview, made)
 

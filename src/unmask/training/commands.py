@@ -130,4 +130,6 @@ def run_train(data: Path, tokenizer: Path, out: Path, recipe: Recipe, quiet: boo
     steps = min(recipe.sampler.num_inference_steps, model.tokens)
     sampler = dataclasses.replace(recipe.sampler, num_inference_steps=steps)
     task = TransformerTask(model, recipe.objective, recipe.run, tokens, condition, network, sampler)
+    if recipe.codebook_start:
+        task.start_from_codebook()
     return _run(task, recipe, out, quiet)

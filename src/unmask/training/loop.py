@@ -142,7 +142,8 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}/{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()}
+    return {f"{index}/{name}": torch.as_tensor(value)
+            for index, entry in state.items() for name, value in entry.items()}
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ class TokenizerRecipe:
 class Recipe:
     """All that `unmask train` needs beside the tokens, whose grid, codebook and classes replace the transformer's.
     label_field: the record field that is the class (class models); text_encoder: as in text.load_text_encoder (text
-    models)."""
+    models). codebook_start: token embeddings begin as a projection of the tokenizer's codes."""
 
     transformer: TransformerConfig
     objective: MaskObjective
@@ -41,6 +41,7 @@ class Recipe:
     sampler: Settings
     label_field: str = ""
     text_encoder: str | None = None
+    codebook_start: bool = False
 
     def __post_init__(self) -> None:
         needed = "label_field" if self.transformer.condition == "class" else "text_encoder"
@@ -67,14 +68,14 @@ def emoji() -> Recipe:
     run = RunConfig(steps=10_000, batch_size=32, learning_rate=8e-4, warmup_steps=200, decay="trapezoid",
                     betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250, sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=3.0, temperature=0.8),
-                  text_encoder="words")
+                  text_encoder="words", codebook_start=True)
 
 
 def emoji_class() -> Recipe:
     """The embedded class model: 98 subgroups."""
     model = TransformerConfig("class", (8, 8), 4096, width=192, depth=5, heads=4, mlp=swiglu_hidden(192), patch=2,
                               registers=1, classes=98)
-    run = RunConfig(steps=5_000, batch_size=32, learning_rate=1.5e-3, warmup_steps=200, decay="trapezoid",
+    run = RunConfig(steps=2_000, batch_size=32, learning_rate=1.5e-3, warmup_steps=200, decay="trapezoid",
                     betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250, sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=2.0, temperature=0.9),
                   label_field="subgroup")

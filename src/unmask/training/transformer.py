@@ -65,6 +65,16 @@ class TransformerTask:
         if not len(self.index):
             raise ValueError(f"{data.folder}: no picture has the split 'train'")
 
+    @torch.no_grad()
+    def start_from_codebook(self) -> None:
+        """Token embeddings that begin as a random projection of the tokenizer's codes: codes that look alike begin
+        alike, on the way in and, the head being tied, on the way out. The mask keeps its own."""
+        codes = self.tokenizer.quantize.codebook
+        generator = step_generator(self.run.seed, 0, purpose=7)
+        projection = 0.02 * torch.randn(codes.shape[1], self.model.config.width, generator=generator)
+        self.model.token_embedding.weight[: len(codes)] = codes @ projection + 0.1 * self.model.token_embedding.weight[
+            : len(codes)]
+
     def _prepared(self, index: Tensor, null: Tensor, generator: torch.Generator | None) -> Any:
         """Prepared conditions of pictures; varied wordings where a generator is given."""
         if isinstance(self.model, ClassTransformer):

