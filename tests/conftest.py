@@ -90,8 +90,8 @@ def global_random_state_kept():
 
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """tiny_pipeline_folder("class" or "text"): a complete pipeline folder of random weights, drawing 8x12 pixels. Do not
-    change it: copy it first."""
+    """tiny_pipeline_folder("class" or "text"): a complete pipeline folder of random weights, drawing 8x12 pixels. Copy
+    it before changing it."""
     made: dict[str, Path] = {}
 
     def make(condition: str) -> Path:

@@ -131,7 +131,8 @@ def test_a_picture_from_a_prompt_and_again(unmask: Callable[..., Result], text: 
                     "--order", "confidence", "--schedule", "square", "--top-k", 9, "--r-temp", 3)
     assert result == (0, "red-apple-noto-style.png\n", "")
     made = read_made(Path("red-apple-noto-style.png"))[0]
-    assert (made.prompt, made.negative_prompt, made.seed, made.model) == ("red apple, noto style", "blue", 5, "tiny-text")
+    assert (made.prompt, made.negative_prompt) == ("red apple, noto style", "blue")
+    assert (made.seed, made.model) == (5, "tiny-text")
     s = made.settings
     assert (s.num_inference_steps, s.guidance_scale, s.order, s.schedule, s.top_k, s.r_temp) == (
         4, (1.0, 3.0), "confidence", "square", 9, 3.0)
@@ -178,12 +179,11 @@ def test_json(unmask: Callable[..., Result], classes: Path) -> None:
     assert report["images"][0]["label"] == "elk"
     assert report["images"][0]["settings"]["num_inference_steps"] == 6
     assert len(report["images"][0]["model_hash"]) == 64
-    assert json.loads(unmask("replay", "x.png", "--model", classes, "--json").out)["files"] == [
-        str(Path.cwd() / "x-2.png")] or True
+    assert json.loads(unmask("replay", "x.png", "--model", classes, "--json").out)["files"] == ["x-2.png"]
 
 
 def test_no_metadata(unmask: Callable[..., Result], classes: Path) -> None:
-    assert unmask("generate", "--model", classes, "--labels", 0, "--seed", 2, "--no-metadata", "--out", "x.png").code == 0
+    assert unmask("generate", "--model", classes, "--labels", 0, "--no-metadata", "--out", "x.png").code == 0
     assert not Image.open("x.png").text
     assert b"tiny-class" not in Path("x.png").read_bytes()
     refused(unmask("replay", "x.png"), 1, "x.png", "carries no record", "--no-metadata")
@@ -215,7 +215,8 @@ def test_options_that_draw_another_picture(unmask: Callable[..., Result], classe
     plain, sure = tokens(), tokens(*confidence)
     drawn = [plain, sure, tokens("--seed", 3), tokens("--steps", 3), tokens("--schedule", "root", "--steps", 3),
              tokens("--guidance-scale", 4), tokens("--temperature", 0.2), tokens("--top-k", 1), tokens("--top-p", 0.3),
-             tokens("--roll"), tokens("--stop-after", 1), tokens("--order", "raster"), tokens(*confidence, "--r-temp", 0)]
+             tokens("--roll"), tokens("--stop-after", 1), tokens("--order", "raster"),
+             tokens(*confidence, "--r-temp", 0)]
     assert len(set(drawn)) == len(drawn)
     assert plain == tokens()
 
@@ -308,9 +309,8 @@ def test_nothing_is_overwritten_unasked(unmask: Callable[..., Result], classes: 
     assert Path("x.png").read_text() == Path("film.gif").read_text() == "mine"
     assert unmask(*request, "--out", "x.png", "--force").code == 0
     assert Image.open("x.png").size == (12, 8)
-    assert unmask(*request).out == f"{Path.cwd() / '0.png'}\n"
-    assert unmask(*request).out == f"{Path.cwd() / '0-2.png'}\n"  # names of our own choosing avoid what is there
-    (Path.cwd() / "file").touch()
+    assert [unmask(*request).out for _ in range(2)] == ["0.png\n", "0-2.png\n"]  # avoids what is there
+    Path("file").touch()
     refused(unmask(*request, "--out", "file/x.png"), 2, "file: no such folder")
 
 
@@ -442,7 +442,8 @@ def test_the_whole_life_of_a_model(pictures: Path, tmp_path: Path) -> None:
     assert data.records[21]["caption"] == "a green leaf"
 
     common = ("--data", tmp_path / "tokens", "--tokenizer", tmp_path / "tok" / "model")
-    classes = ("train", *common, "--preset", "emoji-class", "--recipe", tmp_path / "class.json", "--out", tmp_path / "c")
+    classes = ("train", *common, "--preset", "emoji-class", "--recipe", tmp_path / "class.json",
+               "--out", tmp_path / "c")
     state = tmp_path / "c" / "state.safetensors"
     assert killed(signal.SIGKILL, state, *classes)[0] == -signal.SIGKILL
     code, err = killed(signal.SIGTERM, state, *classes)
@@ -464,7 +465,8 @@ def test_the_whole_life_of_a_model(pictures: Path, tmp_path: Path) -> None:
     done("train", *common, "--recipe", tmp_path / "text.json", "--steps", 20, "--out", tmp_path / "t", "--quiet")
 
     picture = tmp_path / "leaf.png"
-    assert done("generate", "--labels", "leaves", "--model", tmp_path / "c" / "model", "--out", picture) == f"{picture}\n"
+    out = done("generate", "--labels", "leaves", "--model", tmp_path / "c" / "model", "--out", picture)
+    assert out == f"{picture}\n"
     assert Image.open(picture).size == (16, 16)
     done("replay", picture, "--model", tmp_path / "c" / "model", "--out", tmp_path / "leaf2.png")
     assert np.array_equal(pixels(picture), pixels(tmp_path / "leaf2.png"))

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from unmask.checkpoints import read_json, read_tensors
 from unmask.errors import UsageError
 from unmask.evaluation import evaluate as evaluation
 from unmask.evaluation import gather as gathering
-from unmask.evaluation.evaluate import evaluate, evaluations, image_size, markdown, open_reference, shown, sweep
+from unmask.evaluation.evaluate import evaluate, evaluations, image_size, open_reference, sweep
 from unmask.evaluation.features import Features
 from unmask.evaluation.gather import collect
 from unmask.evaluation.metrics import (
@@ -30,6 +31,7 @@ from unmask.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
+from unmask.evaluation.report import markdown, shown
 from unmask.evaluation.retrieval import to_uint8
 from unmask.pictures import read_made
 from unmask.pipeline import Pipeline
@@ -218,6 +220,9 @@ def test_report_of_another_evaluation_stays(pipe, folder, tmp_path):
     measure(pipe, folder, tmp_path / "out")
     with pytest.raises(UsageError, match="reports another evaluation"):
         measure(pipe, folder, tmp_path / "out", seed=1)
+    others = shutil.copytree(folder, tmp_path / "others")
+    with pytest.raises(UsageError, match="reports another evaluation"):
+        measure(pipe, others, tmp_path / "out")
     measure(pipe, folder, tmp_path / "out")
 
 
@@ -225,11 +230,13 @@ def test_sweep_gives_a_row_a_point_and_curves(pipe, folder, tmp_path):
     points = sweep(pipe.settings, steps=[2, 4], orders=["halton", "raster"], guidance_scales=["1", "2"])
     assert len(points) == 8
     report = measure(pipe, folder, tmp_path / "out", images=10, points=points)
+    found = report["points"][0]["figures"]
     assert [row["settings"]["order"] for row in report["points"]] == [p.order for p in points]
     assert [row["nfe"] for row in report["points"]] == [2, 4, 2, 4, 4, 8, 4, 8]
     page = (tmp_path / "out" / "result.md").read_text()
     assert page.count("| halton |") == 4
     assert page == markdown(report, points)
+    assert f"| {found['kid']:.4g} ± {found['kid_std']:.2g} |" in page
     pytest.importorskip("matplotlib")
     assert Image.open(tmp_path / "out" / "curves.png").width > 500
 

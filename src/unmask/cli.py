@@ -29,6 +29,7 @@ from tyro.conf import (
 
 from . import __version__
 from .errors import UsageError
+from .evaluation.studies import STUDIES
 
 if TYPE_CHECKING:
     from .pictures import Made
@@ -210,7 +211,7 @@ def generate(
             raise ValueError('nothing to draw: give a prompt, such as unmask generate "red apple, noto style", or '
                              '--labels with a class model')
     names = prompts or labels
-    out = out or _free_name(Path.cwd(), _slug(names[0]))
+    out = out or _free_name(Path(), _slug(names[0]))
     _check_picture(out, force)
     if film:
         _check_file(film, (".gif", ".png"), force)
@@ -251,7 +252,7 @@ def replay(
     from .pipeline import Pipeline
 
     made = read_made(picture)
-    out = out or _free_name(Path.cwd(), picture.stem)
+    out = out or _free_name(Path(), picture.stem)
     _check_picture(out, force)
     if any(record.known_tokens for record in made):
         raise ValueError(f"{picture}: was drawn around known tokens, which it does not carry")
@@ -522,6 +523,12 @@ def evaluate(
         print(json.dumps(report, ensure_ascii=False) if as_json else page)
 
 
+def study(what: STUDIES) -> None:
+    """Run a study: a table or a figure of the paper, or what an order does. Writes pictures, JSON and a page."""
+    what.run()
+    print(what.out)
+
+
 COMMANDS = {
     "generate": generate,
     "replay": replay,
@@ -532,6 +539,7 @@ COMMANDS = {
     "tokenize": tokenize,
     "train": train,
     "evaluate": evaluate,
+    "study": study,
 }
 
 

@@ -80,10 +80,9 @@ def fetch(name: str, report: Report | None = None) -> Path:
                              f"checkpoints, as {name}:FILE")
         return folder
     say = report or _to_terminal
-    folder = cached(name)
-    if folder is not None:
-        return folder
     folder = _cache_folder(name)
+    if cached(name) is not None:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:

@@ -67,25 +67,22 @@ def cumulative_counts(schedule: Schedule, n: int, steps: int) -> list[int]:
     the last step.
 
     Integer powers use exact integer arithmetic, so that square on 1,024 tokens and 32 steps is (i + 1) ** 2, which is
-    Table 4's column. Where the rule itself would leave a step without a token (curves that flatten at the end), the
-    count is moved by the least that gives every step one.
+    Table 4's column. Where the rule would leave the steps to come less than a token each (curves that flatten at the
+    end), the count is lowered to leave them one. That makes every step reveal: a curve that bends one way only, as all
+    here do, runs below i + 1 or above that limit wherever it gains less than a token a step.
     """
     if steps < 1:
         raise ValueError(f"the number of steps must be at least 1, got {steps}")
     if steps > n:
         raise ValueError(f"{steps} steps are more than the {n} tokens to reveal: use at most {n}")
     power = power_of(schedule)
-    if power in EXACT_POWERS:
+    if power is not None and power in EXACT_POWERS:
         p = int(power)
         floors = [(i + 1) ** p * n // steps**p for i in range(steps)]
     else:
         floors = [math.floor(curve(schedule, (i + 1) / steps) * n) for i in range(steps)]
     floors[-1] = n
-    counts: list[int] = []
-    for i, floor in enumerate(floors):
-        least = max(i + 1, counts[-1] + 1 if counts else 1)
-        counts.append(min(max(least, floor), n - (steps - 1 - i)))
-    return counts
+    return [min(max(i + 1, floor), n - (steps - 1 - i)) for i, floor in enumerate(floors)]
 
 
 def reveal_counts(schedule: Schedule, n: int, steps: int) -> list[int]:

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..data.prompts import prompt
 from ..errors import UsageError
 from ..pictures import Made, grid, save_png, to_pil
 from ..pipeline import Pipeline
-from ..sampling import Settings, Varying, parse_varying, value_at
+from ..sampling import Settings, parse_varying, value_at
 from ..schedules import Schedule, reveal_counts
 from .features import Extractor, tensors_hash
 from .gather import CHUNK, Gathered, PictureSet, collect, fingerprint, gather, processes
@@ -36,20 +36,12 @@ from .metrics import (
     kernel_distance,
     precision_recall,
 )
+from .report import draw_curves, markdown
 from .retrieval import to_uint8
 
 STATISTICS = (".safetensors", ".npz", ".pt", ".pth")
 GRID = 64
 """Pictures of a sample grid."""
-
-FIGURES = {"fid": "FID↓", "kid": "KID↓", "inception_score": "IS↑", "precision": "Precision↑", "recall": "Recall↑",
-           "density": "Density↑", "coverage": "Coverage↑", "clip_score": "CLIP↑"}
-"""The figures and their headings; the arrow says which way is better."""
-
-SWEPT = {"order": "order", "num_inference_steps": "steps", "schedule": "schedule", "guidance_scale": "guidance",
-         "temperature": "temperature", "stop_after": "stop after"}
-"""The settings a sweep may vary, and their headings."""
-
 
 # --------------------------------------------------------------------------------------------------
 # What to draw, what to compare with
@@ -61,7 +53,7 @@ class Reference:
 
     name: of the file or folder. conditions: class labels or prompts to draw; picture i takes entry i modulo their
     number. pictures: the real ones, or None where only their statistics are known. statistics: those, or None where
-    they come from the pictures. field: the records' field that the labels come from.
+    they come from the pictures. field: the records' field that the labels come from. split: the one taken.
     """
 
     name: str
@@ -69,6 +61,7 @@ class Reference:
     pictures: PictureSet | None = None
     statistics: Statistics | None = None
     field: str | None = None
+    split: str | None = None
 
 
 def image_size(pipe: Pipeline) -> int:
@@ -117,9 +110,10 @@ def open_reference(path: Path, pipe: Pipeline, extractor: Extractor, split: str 
         without = next((r["key"] for r in records if "caption" not in r), None)
         if without is not None:
             raise UsageError(f"{path}: the picture '{without}' has no caption: a text model is measured on captions")
-        return Reference(path.name, [prompt(records[i]) for i in order], pictures)
+        return Reference(path.name, [prompt(records[i]) for i in order], pictures, split=split)
     field = label_field or _label_field(pipe, records, path)
-    return Reference(path.name, [_label(pipe, records[i], field, path) for i in order], pictures, field=field)
+    labels = [_label(pipe, records[i], field, path) for i in order]
+    return Reference(path.name, labels, pictures, field=field, split=split)
 
 
 def _label(pipe: Pipeline, record: dict[str, Any], field: str, path: Path) -> int:
@@ -132,9 +126,10 @@ def _label(pipe: Pipeline, record: dict[str, Any], field: str, path: Path) -> in
 def _label_field(pipe: Pipeline, records: Sequence[dict[str, Any]], path: Path) -> str:
     names = set(pipe.class_names or ())
     for field in records[0]:
-        values = {r.get(field) if type(r.get(field)) in (int, str) else None for r in records}
-        if values <= names or all(type(v) is int and 0 <= v < pipe.transformer.config.classes for v in values):
+        if {r[field] if isinstance(r.get(field), str) else None for r in records} <= names:
             return field
+    if all(type(r.get("label")) is int and 0 <= r["label"] < pipe.transformer.config.classes for r in records):
+        return "label"
     raise UsageError(f"{path}: no field of its records names only classes of {pipe.name}: give --label-field, one of "
                      f"{', '.join(records[0])}")
 
@@ -192,23 +187,6 @@ def evaluations(settings: Settings) -> int:
     return sum(1 + (value_at(settings.guidance_scale, i, steps) != 1) for i in range(settings.stop_after or steps))
 
 
-def shown(value: Varying | str | None) -> str:
-    """A setting's value as the command line takes it: 3, 1:4, 3@0.2-0.8."""
-    if dataclasses.is_dataclass(value):
-        parts = dataclasses.asdict(value)  # type: ignore[arg-type]
-        if "begin" in parts:
-            return f"{parts['value']:g}@{parts['begin']:g}-{parts['end']:g}"
-        return f"{parts['start']:g}:{parts['end']:g} {parts['curve']}"
-    if isinstance(value, (tuple, list)):
-        return ":".join(f"{v:g}" for v in value)
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def varied(points: Sequence[Settings]) -> list[str]:
-    """The fields of SWEPT in which the settings differ."""
-    return [name for name in SWEPT if len({str(getattr(point, name)) for point in points}) > 1]
-
-
 # --------------------------------------------------------------------------------------------------
 # Drawing and measuring
 
@@ -229,7 +207,8 @@ def _drawn(pipe: Pipeline, settings: Settings, reference: Reference, count: int,
     def draw(numbers: range) -> Tensor:
         pipe.settings = settings
         conditions = [reference.conditions[i % len(reference.conditions)] for i in numbers]
-        output = pipe(**{key: conditions}, seed=[seed + i for i in numbers], output_type="pt")
+        request: dict[str, Any] = {key: conditions, "seed": [seed + i for i in numbers]}
+        output = pipe(**request, output_type="pt")
         if numbers.start < size:
             first.extend(zip(to_pil(output.images), output.made, strict=True))
             if len(first) >= size:
@@ -268,21 +247,21 @@ def figures(reference: Reference, real: Gathered | None, fake: Gathered, extract
 
 
 def _check(pipe: Pipeline, points: Sequence[Settings], reference: Reference, extractor: Extractor, images: int,
-           allow_few: bool) -> None:
+           batch_size: int, allow_few: bool) -> None:
     """Says what cannot work before any work is done."""
     for point in points:
         try:
             reveal_counts(point.schedule, pipe.transformer.config.tokens, point.num_inference_steps)
         except ValueError as error:
             raise UsageError(str(error)) from None
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
     if images < 2:
         raise UsageError(f"a distance between sets needs at least 2 pictures, asked for are {images}")
-    counts = {"asked for": images}
-    known = reference.pictures.count if reference.pictures else reference.statistics and reference.statistics.count
-    if known is not None:
-        counts[f"in {reference.name}"] = known
+    source = reference.pictures or reference.statistics
+    counts = {"asked for": images, f"in {reference.name}": source.count if source else None}
     for where, count in counts.items():
-        if count <= extractor.dim and not allow_few:
+        if count is not None and count <= extractor.dim and not allow_few:
             raise UsageError(
                 f"FID with the {extractor.dim} features of {extractor.name} needs at least {extractor.dim + 1} "
                 f"pictures, {where} are {count}: --allow-few measures nonetheless, for comparing equal numbers only")
@@ -307,11 +286,13 @@ def evaluate(pipe: Pipeline, extractor: Extractor, reference: Reference, points:
 
     Raises UsageError and ValueError in one line, before any work where it can be known, and OSError for a full disk.
     """
-    _check(pipe, points, reference, extractor, images, allow_few)
-    report = {"format_version": FORMAT_VERSION, "kind": "evaluation", "model": pipe.name, "model_hash": pipe.model_hash,
-              "extractor": {"name": extractor.name, "hash": extractor.hash, "features": extractor.dim},
-              "parameters": sum(weight.numel() for weight in pipe.transformer.parameters()),
-              "images": images, "seed": seed, "reference": {"name": reference.name, "label_field": reference.field}}
+    _check(pipe, points, reference, extractor, images, batch_size, allow_few)
+    report: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, "kind": "evaluation", "model": pipe.name, "model_hash": pipe.model_hash,
+        "parameters": sum(weight.numel() for weight in pipe.transformer.parameters()),
+        "extractor": {"name": extractor.name, "hash": extractor.hash, "features": extractor.dim},
+        "reference": {"name": reference.name, "split": reference.split, "label_field": reference.field},
+        "images": images, "seed": seed}
     _check_report(out / "result.json", report, points, force)
     out.mkdir(parents=True, exist_ok=True)
     sets = [_drawn(pipe, point, reference, images, seed, out, batch_size) for point in points]
@@ -339,17 +320,20 @@ def evaluate(pipe: Pipeline, extractor: Extractor, reference: Reference, points:
     with atomic_path(out / "result.md") as temporary:
         temporary.write_text(markdown(report, points), encoding="utf-8")
     if len(points) > 1:
-        _curves(report, points, out)
+        draw_curves(report, points, out)
     return report
 
 
 def _check_report(path: Path, report: dict[str, Any], points: Sequence[Settings], force: bool) -> None:
     """UsageError where `path` reports another evaluation than this one."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: is not a folder: give another --out")
     if not path.exists() or force:
         return
     old = read_json(path)
     same = isinstance(old, dict) and all(
-        old.get(name) == report[name] for name in ("model_hash", "extractor", "images", "seed"))
+        old.get(name) == report[name] for name in ("model_hash", "extractor", "images", "seed")) and all(
+        old.get("reference", {}).get(name) == value for name, value in report["reference"].items())
     asked = json.loads(json.dumps([dataclasses.asdict(point) for point in points]))
     if not same or [row.get("settings") for row in old.get("points", [])] != asked:
         raise UsageError(f"{path}: reports another evaluation: give another --out, or --force to replace the report "
@@ -357,71 +341,27 @@ def _check_report(path: Path, report: dict[str, Any], points: Sequence[Settings]
 
 
 # --------------------------------------------------------------------------------------------------
-# Report
+# The command
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table; None is an empty cell, floats take four significant digits."""
-    def cell(value: object) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def load(model: str, reference: Path, extractor: str, weights: Path | None, split: str | None, label_field: str | None,
+         resize: bool) -> tuple[Pipeline, Extractor, Reference]:
+    """The parts of an evaluation by name, on this process's GPU where there is one."""
+    from .features import load_extractor
 
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
-
-
-def markdown(report: dict[str, Any], points: Sequence[Settings]) -> str:
-    """The report as a page: what was measured with what, and a row for each point."""
-    present = [name for name in FIGURES if any(name in row["figures"] for row in report["points"])]
-    extra = ["stop_after"] if any(point.stop_after for point in points) else []
-    columns = [name for name in SWEPT if name != "stop_after"] + extra
-
-    def row(point: Settings, measured: dict[str, Any]) -> list[object]:
-        return [*(shown(getattr(point, name)) for name in columns), measured["nfe"], measured["seconds_per_image"],
-                *(measured["figures"].get(name) for name in present)]
-
-    headings = [*(SWEPT[name] for name in columns), "NFE", "s/image", *(FIGURES[name] for name in present)]
-    extractor, reference = report["extractor"], report["reference"]
-    return (f"# {report['model']}\n\n{report['images']} pictures (seeds from {report['seed']}) against "
-            f"{reference['name']} ({reference['pictures'] or 'unknown number of'} pictures), features of "
-            f"{extractor['name']} (weights {extractor['hash']}), model {report['model_hash'][:12]}. Figures of another "
-            f"extractor or another number of pictures cannot be compared with these.\n\n"
-            + table(headings, map(row, points, report["points"])))
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+    pipe = Pipeline.from_pretrained(model, device=device)
+    network = load_extractor(extractor, weights, device)
+    return pipe, network, open_reference(reference, pipe, network, split, label_field, resize)
 
 
-def _curves(report: dict[str, Any], points: Sequence[Settings], out: Path) -> None:
-    """curves.png: every figure over the first swept number, a line for each combination of the rest."""
-    from .plots import curves, have_matplotlib
-
-    axes = varied(points)
-    x = next((n for n in ("num_inference_steps", "guidance_scale", "temperature", "stop_after") if n in axes
-              and all(isinstance(getattr(p, n), (int, float)) for p in points)), None)
-    if x is None or not have_matplotlib():
-        return
-    present = {name: FIGURES[name] for name in FIGURES if all(name in row["figures"] for row in report["points"])}
-    lines: dict[str, list[tuple[float, dict[str, float]]]] = {}
-    for point, row in zip(points, report["points"], strict=True):
-        label = ", ".join(shown(getattr(point, n)) if isinstance(getattr(point, n), str)
-                          else f"{SWEPT[n]} {shown(getattr(point, n))}" for n in axes if n != x)
-        lines.setdefault(label or report["model"], []).append((getattr(point, x), row["figures"]))
-    curves(lines, SWEPT[x], present, out / "curves.png")
-
-
-def run_evaluate(model: str, reference: Path, out: Path, images: int, seed: int, axes: dict[str, Sequence[Any]],
+def run_evaluate(model: str, reference: Path, out: Path, images: int, seed: int, axes: Mapping[str, Sequence[Any]],
                  extractor: str, weights: Path | None, split: str | None, label_field: str | None, resize: bool,
                  batch_size: int, allow_few: bool, force: bool, quiet: bool) -> tuple[dict[str, Any] | None, str]:
     """What `unmask evaluate` does: the report and its page; (None, "") from all processes but the first."""
     from tqdm import tqdm
 
-    from .features import load_extractor
-
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is not a folder: give another --out")
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
-    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
-    pipe = Pipeline.from_pretrained(model, device=device)
-    network = load_extractor(extractor, weights, device)
-    known = open_reference(reference, pipe, network, split, label_field, resize)
+    pipe, network, known = load(model, reference, extractor, weights, split, label_field, resize)
     points = sweep(pipe.settings, **axes)
     total = images * len(points) + (known.pictures.count if known.pictures else 0)
     hidden = True if quiet or processes()[0] else None

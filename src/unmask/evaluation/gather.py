@@ -6,6 +6,7 @@ are merged in their order, so that a figure is the same for any number of proces
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,7 +29,8 @@ KEPT = 50_000
 """Pictures of a set whose features are kept in memory for the measures that compare picture with picture."""
 
 
-class PictureSet(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
     """Pictures by number, to be measured.
 
     name: of the set, fit for a file name. identity: all that decides what the pictures are, in JSON's types. count: how

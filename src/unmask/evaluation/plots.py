@@ -6,12 +6,9 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints import atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255")
 """Colours for lines that the colour-blind tell apart (Okabe & Ito, 2008, and two of Tol's)."""
@@ -24,8 +21,9 @@ def have_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches; ModuleNotFoundError says how to get matplotlib."""
+def figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure of so many inches, typed Any: its stubs do not know what panels can do.
+    ModuleNotFoundError says how to get matplotlib."""
     if not have_matplotlib():
         raise ModuleNotFoundError("plots need matplotlib: pip install 'unmask[plot]'")
     from matplotlib.figure import Figure
@@ -39,7 +37,7 @@ def line_style(number: int) -> dict[str, Any]:
             "marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
 
 
-def save(plot: Figure, path: Path) -> None:
+def save(plot: Any, path: Path) -> None:
     """Writes a figure as PNG, atomically."""
     with atomic_path(path) as temporary:
         plot.savefig(temporary, format="png", metadata={"Software": "unmask"})
@@ -49,6 +47,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]], x_l
            path: Path) -> None:
     """Small multiples: a panel for each entry of `titles`, a line for each of `lines`, (x, values) each; a value's
     "..._std" is its error bar."""
+    places = sorted({x for points in lines.values() for x, _ in points})
     columns = min(4, len(titles))
     rows = math.ceil(len(titles) / columns)
     plot = figure(3.1 * columns, 2.6 * rows + 0.5)
@@ -61,7 +60,8 @@ def curves(lines: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]], x_l
                            yerr=errors if any(errors) else None, label=label, capsize=2, **line_style(number))
         panel.set_title(title, fontsize=10)
         panel.set_xlabel(x_label, fontsize=9)
-        panel.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+        if all(b - a >= 0.1 * (places[-1] - places[0]) for a, b in zip(places, places[1:], strict=False)):
+            panel.set_xticks(places, [f"{x:g}" for x in places])  # where the numbers do not overlap
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     for panel in panels[len(titles):]:

@@ -14,9 +14,9 @@ from ..errors import UsageError, unknown_name
 from ..pipeline import Pipeline, load_tokenizer
 from ..schedules import reveal_counts
 from ..unmaskers import ORDER_NAMES, image_order
-from .evaluate import table
 from .plots import figure, line_style, save
-from .studies_paper import finish, start
+from .report import table
+from .studies_paper import finish, paper, start
 
 FILM = 8
 """Frames of a filmstrip."""
@@ -62,13 +62,18 @@ def order_steps(name: str, grid: tuple[int, int], counts: Sequence[int], seed: i
     return list(order.split(list(counts)))
 
 
+def own_request(pipe: Pipeline, count: int) -> dict[str, Any]:
+    """What a study that brings no conditions asks a pipeline for: class i for picture i, or the paper's prompt i."""
+    if pipe.transformer.config.condition == "class":
+        return {"class_labels": [i % pipe.transformer.config.classes for i in range(count)]}
+    prompts = paper()["prompts"]["texts"]
+    return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
+
+
 def confidence_steps(pipe: Pipeline, steps: int, schedule: str, seeds: Sequence[int]) -> list[list[Tensor]]:
-    """The same for the confidence order, as a model draws: class i for image i, or the prompt "red apple"."""
-    config = pipe.transformer.config
-    request: dict[str, Any] = ({"class_labels": [i % config.classes for i in range(len(seeds))]}
-                               if config.condition == "class" else {"prompt": ["red apple"] * len(seeds)})
-    drawn = list(pipe.stream(**request, seed=list(seeds), num_inference_steps=steps, schedule=schedule,
-                             order="confidence", roll=False))
+    """The same for the confidence order, as a model draws."""
+    drawn = list(pipe.stream(**own_request(pipe, len(seeds)), seed=list(seeds), num_inference_steps=steps,
+                             schedule=schedule, order="confidence", roll=False))
     return [[step.positions[i] for step in drawn] for i in range(len(seeds))]
 
 
@@ -124,9 +129,10 @@ def orders_study(out: Path, orders: Sequence[str] = ("halton", "sobol", "random"
                            "maps": {name: m.tolist() for name, m in maps.items()}, "measures": measured},
            f"# Orders on {grid[0]}x{grid[1]} tokens, {steps} steps, schedule {schedule}\n\n"
            f"![Reveal maps](orders.png)\n\nThe step in which each token is revealed: dark first, bright last.\n\n"
-           f"![Filmstrips](orders-film.png)\n\nKnown tokens after some of the steps: grey known before, blue revealed in "
-           f"that step.\n\n![Curves](orders-curves.png)\n\nDistances in tokens, between centres; orders that differ from "
-           f"picture to picture are averaged over {draws} (seeds from {seed}). Means over the steps:\n\n"
+           f"![Filmstrips](orders-film.png)\n\nKnown tokens after some of the steps: grey known before, blue "
+           f"revealed in that step.\n\n![Curves](orders-curves.png)\n\nDistances in tokens, between centres; "
+           f"orders that differ from picture to picture are averaged over {draws} (seeds from {seed}). Means over the "
+           f"steps:\n\n"
            + table(headings, overall))
 
 
@@ -179,6 +185,8 @@ def _film(maps: Mapping[str, np.ndarray], steps: int, path: Path) -> None:
 
 def _order_curves(measured: Mapping[str, Mapping[str, list[float | None]]], path: Path) -> None:
     plot = figure(3.7 * len(MEASURES), 3.4)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     panels = plot.subplots(1, len(MEASURES))
     for panel, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         for number, (name, values) in enumerate(measured.items()):
@@ -189,6 +197,9 @@ def _order_curves(measured: Mapping[str, Mapping[str, list[float | None]]], path
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     panels[-1].set_yscale("log")
+    panels[-1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[-1].yaxis.set_major_formatter("{x:g}")
+    panels[-1].yaxis.set_minor_formatter(NullFormatter())
     plot.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(measured), fontsize=9,
                 frameon=False)
     save(plot, path)
@@ -259,14 +270,14 @@ def token_distance_study(out: Path, data: Path, tokenizer: Path, images: int = 2
     _distance_plot(found, token, distances, means, other, out / "token-distance.png")
     near = next(mean for distance, mean in zip(distances, means, strict=True) if distance == 1)
     finish(out, "token-distance", {
-        "data": data.name, "tokenizer": read_config(tokenizer)["sha256"]["tokenizer.safetensors"], "images": len(chosen),
-        "grid": [side, side], "token": list(token), "map": found.tolist(),
+        "data": data.name, "tokenizer": read_config(tokenizer)["sha256"]["tokenizer.safetensors"],
+        "images": len(chosen), "grid": [side, side], "token": list(token), "map": found.tolist(),
         "curve": {"distance": distances, "mean": means, "pairs": counts}, "other_pictures": other},
         f"# Distance of tokens: in the picture and in their embedding\n\n![Map and curve](token-distance.png)\n\n"
         f"Mean Euclidean distance of unit codes over {len(chosen)} pictures of {data.name}, {side}x{side} tokens. "
-        f"Neighbours differ by {near:.3f}, the farthest tokens by {means[-1]:.3f}, tokens in the same place of different "
-        f"pictures by {other:.3f}.\n\nFigure 1 of the supplementary shows the map for LlamaGen's tokenizer on "
-        f"ImageNet.\n")
+        f"Neighbours differ by {near:.3f}, the farthest tokens by {means[-1]:.3f}, tokens in the same place of "
+        f"different pictures by {other:.3f}.\n\nFigure 1 of the supplementary shows the map for LlamaGen's tokenizer "
+        f"on ImageNet.\n")
 
 
 def _distance_plot(found: Tensor, token: tuple[int, int], distances: Sequence[float], means: Sequence[float],
@@ -285,5 +296,5 @@ def _distance_plot(found: Tensor, token: tuple[int, int], distances: Sequence[fl
     right.set_ylabel("mean distance of codes", fontsize=9)
     right.tick_params(labelsize=8)
     right.grid(alpha=0.3)
-    right.legend(fontsize=9, frameon=False, loc="lower right")
+    right.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save(plot, path)

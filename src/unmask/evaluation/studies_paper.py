@@ -13,8 +13,8 @@ from typing import Any
 from ..checkpoints import atomic_path, field, from_json, read_json, write_json
 from ..errors import UsageError
 from ..sampling import Settings
-from .evaluate import SWEPT, shown, table, varied
 from .plots import figure, line_style, save
+from .report import SWEPT, shown, table, varied
 
 RADAR = {"fid": "1 / FID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 """The axes of the radar plot."""
@@ -105,8 +105,8 @@ def _radar_plot(rows: Sequence[Mapping[str, Any]], values: Sequence[Mapping[str,
     axes.set_xticks(angles, list(RADAR.values()), fontsize=10)
     axes.tick_params(axis="x", pad=14)
     axes.set_ylim(0, 1.02)
-    axes.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=8)
-    axes.set_rlabel_position(45)
+    axes.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "", "1"], fontsize=8)
+    axes.set_rlabel_position(225)
     plot.legend(*axes.get_legend_handles_labels(), loc="outside center right", fontsize=9, frameon=False)
     save(plot, path)
 

@@ -29,10 +29,11 @@ from ..errors import UsageError, unknown_name
 class RunConfig:
     """How long and how to optimise; what is trained is the task's own matter.
 
-    learning_rate: peak, after `warmup_steps` of linear rise; `decay` is "cosine" (to zero at `steps`), "trapezoid" (constant, then linear to zero over the last
-    fifth: a run that has not come there can still be made longer or shorter) or "constant".
-    The optimizer is AdamW; weight decay acts on matrices, not on gains and biases. clip: largest norm of the gradient, 0 is off. ema: decay of the weight average, 0 is off.
-    precision: "float32" or "bf16" (autocast). threads: 0 leaves PyTorch's choice.
+    learning_rate: peak, after `warmup_steps` of linear rise; `decay` is "cosine" (to zero at `steps`), "trapezoid"
+    (constant, then linear to zero over the last fifth: a run that has not come there can still be made longer or
+    shorter) or "constant". The optimizer is AdamW; weight decay acts on matrices, not on gains and biases. clip:
+    largest norm of the gradient, 0 is off. ema: decay of the weight average, 0 is off. precision: "float32" or "bf16"
+    (autocast). threads: 0 leaves PyTorch's choice.
     """
 
     steps: int = 10_000
@@ -246,10 +247,9 @@ def _one_step(run: _Run) -> dict[str, Tensor | float]:
         loss, figures = run.task.loss(run.step)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise FloatingPointError(f"step {run.step}: the loss is {float(loss):.4g}, the norm of its gradient "
-                                 f"{float(norm):.4g}: lower the learning rate; the last checkpoint in {run.out} is "
-                                 f"intact")
+    if not (math.isfinite(loss.detach()) and math.isfinite(norm)):
+        raise FloatingPointError(f"step {run.step}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}: lower "
+                                 f"the learning rate; the last checkpoint in {run.out} is intact")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.average:

@@ -65,7 +65,7 @@ def emoji() -> Recipe:
     """The embedded text model, sized for two CPU cores and for a weight file under 15 MB in bf16."""
     model = TransformerConfig("text", (8, 8), 4096, width=256, depth=4, heads=4, mlp=1024, patch=2, text_dim=192,
                               text_length=16, text_depth=1)
-    run = RunConfig(steps=10_000, batch_size=32, learning_rate=8e-4, warmup_steps=200, decay="trapezoid",
+    run = RunConfig(steps=3_000, batch_size=32, learning_rate=8e-4, warmup_steps=200, decay="trapezoid",
                     betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250, sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=3.0, temperature=0.8),
                   text_encoder="words", codebook_start=True)

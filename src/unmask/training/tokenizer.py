@@ -33,6 +33,14 @@ class TokenizerObjective:
     white: float = 0.8
     flip: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("l1", "l2", "perceptual", "commitment", "unquantised_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("perceptual_from", "white"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
 
 class FeatureStages(Protocol):
     """A frozen network whose feature maps the perceptual loss compares."""

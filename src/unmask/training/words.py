@@ -25,7 +25,7 @@ def distill(
     encoder_folder: str | Path | None = None,
     *,
     extra_words: Iterable[str] = (),
-    extra_limit: int = 9000,
+    extra_limit: int = 2000,
     extra_agreement: float = 0.75,
     dim: int = 192,
     sif: float = 1e-3,
