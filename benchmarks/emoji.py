@@ -60,7 +60,8 @@ def statistics(extractor: Extractor, batches: Iterator[Tensor]) -> Statistics:
 
 def frechet(source: ImageSource, extractor: Extractor, arguments: argparse.Namespace) -> dict[str, Any]:
     pipe = Pipeline.from_pretrained(arguments.model or "emoji-class")
-    assert isinstance(pipe.transformer, ClassTransformer) and pipe.class_names
+    assert isinstance(pipe.transformer, ClassTransformer)
+    assert pipe.class_names
     model, grid = pipe.transformer, pipe.transformer.config.grid
     index = [i for i in range(len(source)) if source.metadata(i)["split"] == "train"]
     labels = torch.tensor([pipe.class_names.index(source.metadata(i)["subgroup"]) for i in index])

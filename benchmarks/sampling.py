@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from unmask.models.presets import TOKENIZERS, TRANSFORMERS, build
+from unmask.models.presets import TRANSFORMERS, build
 from unmask.models.transformer import ClassTransformer, MaskedTransformer, TextTransformer
 from unmask.pipeline import EMBEDDED, load_model
 from unmask.sampling import Prepare, Settings, draw, generate, prepare_labels, prepare_text
@@ -146,7 +146,7 @@ def shares(name: str, settings: Settings) -> dict[str, float]:
         tokenizer = Pipeline.from_pretrained(name).tokenizer
     else:
         tokenizer = build("vq-ds16" if model.config.patch == 1 else "vq-ds8").eval()
-        assert tokenizer.config.codebook_size == model.config.codebook_size and TOKENIZERS
+        assert tokenizer.config.codebook_size == model.config.codebook_size
     grid = tokens.view(1, *model.config.grid)
     tokenizer.decode(grid)
     began = time.perf_counter()

@@ -506,6 +506,16 @@ def test_rounding_never_passes_the_last_token(size: int, seed: int, top_k: int) 
     assert (logits.gather(1, tokens[:, None]) >= logits.topk(min(top_k, size)).values[:, -1:]).all()
 
 
+def test_a_sum_that_is_not_flat_draws_nothing_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum in parallel, as on a GPU, may round differently from entry to entry where nothing is added."""
+    logits = torch.full((200,), -math.inf)
+    logits[[60, 140]] = 0.0
+    cumsum, tremble = torch.Tensor.cumsum, 2**-24 * torch.tensor([0.0, 1.0]).repeat(100)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: cumsum(x, dim) + tremble)
+    for u in (0.0, 0.5 - 2**-24, 0.5, 0.5 + 2**-24, ALMOST_1):
+        assert draw(logits, torch.tensor(u), 1.0)[0] in (60, 140)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-7])
 def test_temperature_0_takes_the_likeliest(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 4.999]])

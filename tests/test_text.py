@@ -6,6 +6,7 @@ import tarfile
 import warnings
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,8 +77,8 @@ def test_pieces_are_those_of_bert(encoder: WordVectors, word: str) -> None:
         "fxemoji",
         "watermelon",
         "piñata",
-        "tambourine",
-        "raspberry",
+        "slippers",
+        "joyful",
     ],
 )
 def test_words_of_the_captions_and_common_words_are_whole(encoder: WordVectors, word: str) -> None:
@@ -289,13 +290,19 @@ def test_distill(bert_folder, tmp_path) -> None:
     assert len(more["scales"]) == len(plain["scales"]) + 2
     assert torch.equal(more["vectors"][:-2], plain["vectors"])
     assert torch.equal(more["scales"][:-2], plain["scales"])
-    assert len(make(extra_words=["cats", "apples"], extra_agreement=-1.1)["scales"]) == len(plain["scales"])
 
     unweighted = make(sif=float("inf"))
     assert not torch.equal(unweighted["scales"], plain["scales"])
     assert not torch.equal(make(floor=0.9)["scales"], plain["scales"])
     with pytest.raises(ValueError, match="dim must be 1 to 8"):
         distillation.distill(tmp_path / "x", ["dog"], bert_folder, dim=9)
+
+
+def test_extra_words_are_those_their_pieces_miss_or_near_ones() -> None:
+    agreement, closeness = np.array([0.9, 0.5, 0.9, 0.2, 0.6]), np.array([0.3, 0.1, 0.8, 0.4, 0.2])
+    assert distillation._choose(agreement, closeness, 0.75, 9).tolist() == [1, 2, 3, 4]
+    assert distillation._choose(agreement, closeness, 0.75, 2).tolist() == [2, 3]
+    assert distillation._choose(agreement, closeness, 0.95, 9).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_distill_says_what_to_install(monkeypatch, tmp_path) -> None:

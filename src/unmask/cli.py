@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -529,7 +529,7 @@ def study(what: STUDIES) -> None:
     print(what.out)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "replay": replay,
     "models": models,
@@ -554,7 +554,7 @@ def _warn(message: Warning | str, *_: Any) -> None:
 def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]
     if sys.argv[1:] == ["--version"]:
         print(f"unmask {__version__}")
         return

@@ -223,7 +223,7 @@ class Pipeline:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if negative_prompt is not None and condition != "text":
             raise ValueError("negative_prompt needs a text model")
-        items = [given] if np.ndim(given) == 0 else list(given)
+        items: list[Any] = [given] if np.ndim(given) == 0 else list(given)
         if not items:
             raise ValueError("nothing to draw: the list of prompts or labels is empty")
         repeated = [item for item in items for _ in range(num_images_per_prompt)]

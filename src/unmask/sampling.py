@@ -226,10 +226,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, to
         tokens, log_p = logits.argmax(-1), logits.log_softmax(-1)
     else:
         log_p = truncate(logits / temperature, top_k, top_p).log_softmax(-1)
-        cdf = log_p.exp().cumsum(-1)
-        total = cdf[..., -1:]
-        tokens = (cdf <= uniform[..., None] * total).sum(-1)
-        tokens = torch.minimum(tokens, (cdf < total).sum(-1))  # rounding must not pass the last token that counts
+        p = log_p.exp()
+        cdf = p.cumsum(-1).masked_fill(p == 0, 0)  # a parallel sum need not be flat there
+        tokens = (cdf > uniform[..., None] * cdf.amax(-1, keepdim=True)).byte().argmax(-1)  # the first such
     return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
 
 

@@ -182,7 +182,7 @@ class ClassTransformer(MaskedTransformer):
             labels = torch.where(null, c.classes, labels)
         condition = self.class_embedding(labels)
         final = self.final_modulation(F.silu(condition)).unflatten(-1, (2, 1, -1))
-        return Prepared([block.prepare(condition) for block in self.blocks], final)
+        return Prepared([block.prepare(condition) for block in self.blocks], final)  # type: ignore[operator]
 
     def _final(self, x: Tensor, prepared: Prepared) -> Tensor:
         assert prepared.final is not None
@@ -222,7 +222,7 @@ class TextTransformer(MaskedTransformer):
             text = self.text_in(text) + self.text_position
             for block in self.text_encoder:
                 text = block(text)
-        return Prepared([block.prepare(text) for block in self.blocks], None)
+        return Prepared([block.prepare(text) for block in self.blocks], None)  # type: ignore[operator]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.first_norm(super()._embed(tokens))

@@ -76,7 +76,8 @@ COOLDOWN = 0.2
 class Task(Protocol):
     """What the loop trains."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of the batch of this step, a pure function of (seed, step), and figures to log."""
@@ -198,10 +199,11 @@ class _Run:
         if metadata.get("content_sha256") not in (None, tensors_sha256(tensors)) or "settings" not in metadata:
             raise ValueError(f"{path}: damaged: delete it to begin anew")
         settings = json.loads(metadata["settings"])
-        for part in ("run", "task"):
-            for key, value in self.description[part].items():
-                if settings[part].get(key) != value and not (key == "steps" and self._movable(settings, metadata)):
-                    raise UsageError(f"{path}: the run there has {key} = {settings[part].get(key)}, this command asks "
+        for section in ("run", "task"):
+            for key, value in self.description[section].items():
+                there = settings[section].get(key)
+                if there != value and not (key == "steps" and self._movable(settings, metadata)):
+                    raise UsageError(f"{path}: the run there has {key} = {there}, this command asks "
                                      f"for {value}: give another --out, or the same settings")
 
         def part(prefix: str) -> dict[str, Tensor]:

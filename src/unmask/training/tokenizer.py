@@ -152,7 +152,8 @@ class TokenizerTask:
         the first 2,048 training pictures and the held-out ones."""
         assert isinstance(model, VQGAN)
         used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
-        values, shown = [], []
+        values: list[Tensor] = []
+        shown: list[Tensor] = []
         for pictures, measured in ((self.held_out, True), (self.train_pictures[:2048], False)):
             for part in pictures.split(64):
                 x = on_background(part, torch.ones(len(part), 3)).contiguous(memory_format=torch.channels_last)

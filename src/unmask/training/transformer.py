@@ -96,7 +96,7 @@ class TransformerTask:
         index = self.index[batch_indices(len(self.index), self.run.batch_size, self.run.seed, step)]
         variant = torch.randint(self.data.variants, (len(index),), generator=generator)
         tokens = self.data.tokens(index, variant)
-        mask = draw_mask(*tokens.shape, self.objective.schedule, generator)
+        mask = draw_mask(len(tokens), tokens.shape[1], self.objective.schedule, generator)
         null = torch.rand(len(index), generator=generator) < self.objective.condition_dropout
         prepared = self._prepared(index, null, generator)
         return masked_loss(self.model, tokens, mask, prepared, self.objective.loss_on), {}
@@ -130,7 +130,7 @@ class TransformerTask:
             total = 0.0
             for i, part in enumerate(index.split(128)):
                 tokens = self.data.tokens(part)
-                mask = draw_mask(*tokens.shape, self.objective.schedule, step_generator(0, i, purpose=6))
+                mask = draw_mask(len(tokens), tokens.shape[1], self.objective.schedule, step_generator(0, i, purpose=6))
                 prepared = self._prepared(part, torch.zeros(len(part), dtype=torch.bool), None)
                 total += float(masked_loss(model, tokens, mask, prepared)) * len(part)
             figures[f"loss_{split}"] = total / len(index)

@@ -74,8 +74,7 @@ def distill(
     cut = [np.mean([row_of[piece] for piece in wordpieces(word, full)], axis=0) for word in extra]
     agreement = np.sum(_unit(np.reshape(cut, extra_rows.shape)) * _unit(extra_rows), axis=1)
     closeness = (_unit(extra_rows) @ _unit(rows[np.isin(base, words)]).T).max(1, initial=-1)
-    wanted = np.flatnonzero((agreement < extra_agreement) | (closeness >= extra_agreement))
-    chosen = np.sort(wanted[np.argsort(-closeness[wanted], kind="stable")[:extra_limit]])
+    chosen = _choose(agreement, closeness, extra_agreement, extra_limit)
 
     names = base + [extra[i] for i in chosen]
     rows = np.concatenate([rows, extra_rows[chosen]])
@@ -154,6 +153,12 @@ def _principal_axes(rows: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]
         raise ValueError(f"dim must be 1 to {rows.shape[1]}, the encoder's width, not {dim}")
     axes = np.linalg.eigh(np.cov(rows.T))[1][:, ::-1][:, :dim]
     return rows.mean(0), axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(dim)])
+
+
+def _choose(agreement: np.ndarray, closeness: np.ndarray, threshold: float, limit: int) -> np.ndarray:
+    """Sorted indices of the extra words kept: see `distill`."""
+    wanted = np.flatnonzero((agreement < threshold) | (closeness >= threshold))
+    return np.sort(wanted[np.argsort(-closeness[wanted], kind="stable")[:limit]])
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
