@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -244,12 +245,26 @@ def test_models(unmask: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, 
     assert "halton-maskgit-l-384" in {row["name"] for row in rows}
 
 
+@pytest.mark.parametrize("request_", [("red apple, noto style",), ("--model", "emoji-class", "--labels", "food-fruit")])
+def test_embedded_models_draw_and_replay(unmask: Callable[..., Result], request_: tuple[str, ...],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    assert unmask("generate", *request_, "--seed", 1, "--steps", 4, "--out", "x.png").code == 0
+    assert pixels("x.png").std() > 20  # something is drawn
+    assert unmask("replay", "x.png").out == "x-2.png\n"
+    assert np.array_equal(pixels("x.png"), pixels("x-2.png"))
+
+
 # --- refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "parts"), [
     (("--order", "halto"), ["unknown order 'halto': did you mean halton?", "confidence"]),
-    (("--schedule", "cosin"), ["unknown schedule 'cosin': did you mean cosine?"]),
+    (("--schedule", "cosin"), ["unknown schedule 'cosin': did you mean cosine, arccos?"]),
     (("--schedule", "-2"), ["a schedule's power must be a positive number"]),
     (("--steps", 0), ["num_inference_steps must be at least 1, got 0"]),
     (("--steps", 25), ["25 steps are more than the 24 tokens"]),
@@ -289,7 +304,7 @@ def test_bad_labels(unmask: Callable[..., Result], classes: Path, labels: tuple,
     assert here() == []
 
 
-@pytest.mark.parametrize(("name", "part"), [("emojy", "unknown model 'emojy': did you mean emoji?"),
+@pytest.mark.parametrize(("name", "part"), [("emojy", "unknown model 'emojy': did you mean emoji, emoji-class?"),
                                             ("./runs/model", "unknown model './runs/model'"),
                                             ("halton-maskgit-l-38", "did you mean halton-maskgit-l-384")])
 def test_unknown_models(unmask: Callable[..., Result], name: str, part: str) -> None:
@@ -365,9 +380,9 @@ def test_what_cannot_be_replayed(unmask: Callable[..., Result], classes: Path, t
 TOKENIZER = {"image_size": 16, "tokenizer": {
     "codebook_size": 32, "code_dim": 4, "channels": 8, "multipliers": [1, 1, 2], "encoder_blocks": [0, 0, 1],
     "decoder_blocks": [0, 0, 1], "z_channels": 8}, "objective": {"unquantised_steps": 10, "perceptual": 0},
-    "run": {"steps": 300, "batch_size": 8, "checkpoint_every": 5, "sample_every": 150, "log_every": 10, "threads": 1}}
+    "run": {"steps": 200, "batch_size": 8, "checkpoint_every": 5, "sample_every": 150, "log_every": 10, "threads": 1}}
 TRANSFORMER = {"transformer": {"width": 32, "depth": 2, "heads": 2, "mlp": 64}, "sampler": {"num_inference_steps": 4},
-               "run": {"steps": 300, "batch_size": 8, "warmup_steps": 5, "checkpoint_every": 5, "sample_every": 150,
+               "run": {"steps": 200, "batch_size": 8, "warmup_steps": 5, "checkpoint_every": 5, "sample_every": 150,
                        "log_every": 10, "threads": 1}}
 
 
@@ -418,6 +433,7 @@ def killed(number: int, state: Path, *arguments: object) -> tuple[int, str]:
     return running.returncode, err
 
 
+@pytest.mark.slow
 def test_the_whole_life_of_a_model(pictures: Path, tmp_path: Path) -> None:
     """Train a tokenizer, tokenize, train a class and a text model, draw, draw again; with each training killed in the
     middle and started again by the same command, ending with the weights of one that was not."""

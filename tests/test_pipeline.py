@@ -300,6 +300,8 @@ def change(path: Path, key: str, value: object) -> None:
     ("config.json", "sha256", {}, r"the field 'transformer\.safetensors' is missing"),
     ("config.json", "sampler.order", "zigzag", "unknown order 'zigzag'"),
     ("config.json", "class_names", ["a"], "1 class names for 5 classes"),
+    ("config.json", "class_names", [1, 2, 3, 4, 5], "the field 'class_names' must be"),
+    ("config.json", "tokenizer", 3, "the field 'tokenizer' must be"),
     ("tokenizer/config.json", "tokenizer", None, "the field 'tokenizer' is missing"),
     ("tokenizer/config.json", "tokenizer.codebook_size", 14, "'quantize.embedding.weight' has shape")])
 def test_damaged_configs(copy: Path, file: str, key: str, value: object, message: str) -> None:
@@ -332,7 +334,6 @@ def test_parts_must_belong_together(classes: Pipeline) -> None:
         Pipeline(classes.transformer, other)
 
 
-@pytest.mark.skipif(not embedded_folder("emoji").is_dir(), reason="the embedded models are not trained yet")
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_models(name: str) -> None:
     pipe = Pipeline.from_pretrained(name)

@@ -124,6 +124,17 @@ class _Request:
     seeds: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What the config.json of a pipeline says of everything but the transformer. tokenizer: the name of a folder beside
+    the pipeline's; None where it stands inside."""
+
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    class_names: tuple[str, ...] | None = None
+    sampler: Settings | None = None
+
+
 class Pipeline:
     """Draws pictures from prompts or class labels. Make one with :meth:`from_pretrained`."""
 
@@ -155,14 +166,13 @@ class Pipeline:
         transformer = load_model(folder, dtype)
         if not isinstance(transformer, MaskedTransformer):
             raise ValueError(f"{folder}: holds a tokenizer, not a pipeline")
-        path = folder / "config.json"
-        other = config.get("tokenizer")
-        tokenizer = load_tokenizer(folder / "tokenizer" if other is None else folder.parent / other)
-        encoder = config.get("text_encoder")
+        names = {f.name for f in dataclasses.fields(_Parts)}
+        parts = from_json(_Parts, {k: v for k, v in config.items() if k in names}, folder / "config.json")
+        tokenizer = load_tokenizer(folder.parent / parts.tokenizer if parts.tokenizer else folder / "tokenizer")
+        encoder = load_text_encoder(parts.text_encoder) if parts.text_encoder else None
         shown = Path(name).resolve().name if Path(name) == folder else str(name)
-        return cls(transformer.to(device), tokenizer.to(device), load_text_encoder(encoder) if encoder else None,
-                   config.get("class_names"), from_json(Settings, config.get("sampler") or {}, path),
-                   shown, config["sha256"]["transformer.safetensors"], config)
+        return cls(transformer.to(device), tokenizer.to(device), encoder, parts.class_names, parts.sampler, shown,
+                   config["sha256"]["transformer.safetensors"], config)
 
     def save_pretrained(self, folder: str | Path, tokenizer: str | None = None) -> None:
         """Writes a folder that loads back equal: weights as they are, text encoder by name, the tokenizer in a

@@ -90,6 +90,9 @@ def run_tokenize(data: Path, tokenizer: Path, out: Path, flip: bool, quiet: bool
     config = read_config(tokenizer)
     network = load_tokenizer(tokenizer)
     size = field(config, "image_size", tokenizer / "config.json")
+    if type(size) is not int or size < 1 or size % network.config.downsample:
+        raise ValueError(f"{tokenizer / 'config.json'}: the field 'image_size' must be a multiple of the "
+                         f"{network.config.downsample} pixels of a token, got {size!r}")
     source = open_images(data)
     split = splits(source)
     side = size // network.config.downsample
