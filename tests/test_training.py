@@ -24,6 +24,7 @@ from unmask.schedules import mask_ratio
 from unmask.tokenizers.vqgan import VQGAN, VQConfig
 from unmask.training.commands import choose_recipe
 from unmask.training.loop import RunConfig, batch_indices, learning_rate, step_generator, train
+from unmask.training.muon import Muon, muon_parameters, orthogonalise
 from unmask.training.objective import MaskObjective, draw_mask, masked_loss
 from unmask.training.presets import RECIPES, TOKENIZER_RECIPES, Recipe, TokenizerRecipe
 from unmask.training.tokenizer import TokenizerObjective, TokenizerTask, on_background, psnr
@@ -124,7 +125,8 @@ def small(recipe: Recipe, **run: Any) -> Recipe:
 SMALL_TOKENIZER = TokenizerRecipe(
     16, VQConfig(32, 4, 8, (1, 1, 2), (0, 0, 1), (0, 1, 1), 8, norm_groups=1),
     TokenizerObjective(perceptual=0, unquantised_steps=4),
-    RunConfig(steps=12, batch_size=8, learning_rate=2e-3, warmup_steps=2, ema=0.9, checkpoint_every=3, log_every=1))
+    RunConfig(steps=12, batch_size=8, learning_rate=2e-3, warmup_steps=2, optimizer="muon", ema=0.9,
+              checkpoint_every=3, log_every=1))
 
 
 def metrics(out: Path, name: str = "loss") -> list[float]:
@@ -165,7 +167,8 @@ def test_learning_rate() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [
     ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("ema", 1.0), ("clip", -1.0),
-    ("decay", "cosin"), ("precision", "fp8"), ("seed", -1), ("checkpoint_every", 0), ("warmup_steps", -1)])
+    ("decay", "cosin"), ("optimizer", "mun"), ("precision", "fp8"), ("seed", -1), ("checkpoint_every", 0),
+    ("warmup_steps", -1)])
 def test_bad_settings(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         RunConfig(**{field: value})
@@ -253,6 +256,50 @@ def test_unknown_presets() -> None:
         dataclasses.replace(TOKENIZER_RECIPES["emoji"](), image_size=60)
 
 
+# --- Muon ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 90), (90, 16), (64, 48)])
+def test_orthogonalise_keeps_the_singular_vectors(shape: tuple[int, int]) -> None:
+    """Against the singular value decomposition: U S V -> U f(S) V, where f is the quintic of Jordan et al. applied five
+    times to every singular value, which brings them all near 1."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    moved = values / values.norm()
+    for _ in range(5):
+        moved = 3.4445 * moved - 4.7750 * moved**3 + 2.0315 * moved**5
+    expected = u @ torch.diag(moved) @ v
+    torch.testing.assert_close(orthogonalise(matrix), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(orthogonalise(matrix.float()).double(), expected, rtol=0, atol=2e-4)
+    assert orthogonalise(torch.zeros(shape)).abs().max() == 0
+
+
+def test_muon_agrees_with_pytorch_s() -> None:
+    """torch.optim.Muon, with its scale for AdamW's rates, takes the same steps up to its bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(24, 40, generator=generator), torch.randn(5, 24, 40, generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = [Muon([ours], 0.02, weight_decay=0.1),
+                  torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1,
+                                   adjust_lr_fn="match_rms_adamw")]
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def test_muon_takes_hidden_matrices() -> None:
+    """Not embeddings, gains, biases, nor what has fewer than 16 rows or columns (a picture's three channels)."""
+    network = nn.ModuleDict({"words": nn.Embedding(50, 32), "linear": nn.Linear(32, 64), "norm": nn.LayerNorm(32),
+                             "colours": nn.Conv2d(16, 3, 3), "hidden": nn.Conv2d(16, 20, 3)})
+    names = {id(p): name for name, p in network.named_parameters()}
+    assert [names[id(p)] for p in muon_parameters(network)] == ["linear.weight", "hidden.weight"]
+    network.requires_grad_(False)
+    assert not muon_parameters(network)
+
+
 # --- golden losses ------------------------------------------------------------------------------------
 
 
@@ -331,17 +378,20 @@ def test_a_tokenizer_learns_and_its_codebook_lives(tmp_path: Path) -> None:
 
 def test_the_perceptual_loss_joins_late(tmp_path: Path) -> None:
     class Features:
-        calls = 0
+        calls = pictures = 0
 
         def stages(self, images: Tensor) -> list[Tensor]:
             self.calls += 1
+            self.pictures += len(images)
             return [images, images.square()]
 
     features = Features()
-    objective = dataclasses.replace(SMALL_TOKENIZER.objective, perceptual=0.5, perceptual_from=0.75)
+    objective = dataclasses.replace(SMALL_TOKENIZER.objective, perceptual=0.5, perceptual_from=0.75,
+                                    perceptual_share=0.25)
     task = TokenizerTask(SMALL_TOKENIZER.tokenizer, objective, SMALL_TOKENIZER.run, shapes(20), shapes(4), features)
     train(task, SMALL_TOKENIZER.run, tmp_path, quiet=True)
     assert features.calls == 2 * 3  # fake and real on the last quarter of twelve steps
+    assert features.pictures == 2 * 3 * 2  # a quarter of the eight pictures of a batch
     assert len(metrics(tmp_path, "perceptual")) == 3
     with pytest.raises(ValueError, match="needs a feature network"):
         TokenizerTask(SMALL_TOKENIZER.tokenizer, objective, SMALL_TOKENIZER.run, shapes(20), shapes(4), None)
@@ -392,7 +442,7 @@ def test_a_crash_changes_nothing(kind: str, tmp_path: Path) -> None:
     for at in (5, 10):
         with pytest.raises(Stop):
             train(interrupt(make(), at, crash), run, tmp_path / "crashed", quiet=True)
-        assert not (tmp_path / "crashed" / "model").exists()
+        assert (tmp_path / "crashed" / "model").exists() == (at > run.sample_every)
     assert len(metrics(tmp_path / "crashed")) == 10
     resumed = train(make(), run, tmp_path / "crashed", quiet=True)
     assert weights(resumed) == weights(whole)

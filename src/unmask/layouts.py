@@ -233,7 +233,7 @@ def _infer_transformer(weights: Mapping[str, Tensor], source: Path | str,
     known = {size: number for size, _, number in CLASS_SIZES.values()}
     if heads is None and width not in known:
         raise ValueError(f"{source}: {width} wide is none of the published widths "
-                         f"({', '.join(map(str, known))}), and shapes do not tell the heads: give `heads`")
+                         f"({', '.join(map(str, known))}), and shapes do not tell the heads: give heads (--heads)")
     registers = _shape(weights, "reg_tokens.weight", 2, source)[0] if "reg_tokens.weight" in weights else 0
     return TransformerConfig("class", **common, heads=heads or known[width], registers=registers,
                              mlp=_shape(weights, f"{block}.ff.w1.weight", 2, source)[0],

@@ -79,7 +79,7 @@ def fetch(name: str, report: Report | None = None) -> Path:
             raise ValueError(f"{name}: the repository is not in unmask's format: name one of its "
                              f"checkpoints, as {name}:FILE")
         return folder
-    say = report or _to_terminal
+    say = report or to_terminal
     folder = _cache_folder(name)
     if cached(name) is not None:
         return folder
@@ -110,7 +110,7 @@ def _convert_into(folder: Path, name: str, say: Report) -> None:
                 report=say)
 
 
-def _to_terminal(line: str) -> None:
+def to_terminal(line: str) -> None:
     if sys.stderr.isatty():
         print(f"unmask: {line}", file=sys.stderr)
 

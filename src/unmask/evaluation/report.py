@@ -15,7 +15,7 @@ FIGURES = {"fid": "FID↓", "kid": "KID↓", "inception_score": "IS↑", "precis
 """The figures and their headings; the arrow says which way is better."""
 
 SWEPT = {"order": "order", "num_inference_steps": "steps", "schedule": "schedule", "guidance_scale": "guidance",
-         "temperature": "temperature", "stop_after": "stop after"}
+         "temperature": "temperature", "r_temp": "r_temp", "stop_after": "stop after"}
 """The settings a sweep may vary, and their headings."""
 
 
@@ -56,8 +56,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def markdown(report: dict[str, Any], points: Sequence[Settings]) -> str:
     """The report as a page: what was measured with what, and a row for each point."""
     present = [name for name in FIGURES if any(name in row["figures"] for row in report["points"])]
-    extra = ["stop_after"] if any(point.stop_after for point in points) else []
-    columns = [name for name in SWEPT if name != "stop_after"] + extra
+    needed = {"stop_after": any(point.stop_after for point in points), "r_temp": "r_temp" in varied(points)}
+    columns = [name for name in SWEPT if needed.get(name, True)]
 
     def row(point: Settings, measured: dict[str, Any]) -> list[object]:
         return [*(shown(getattr(point, name)) for name in columns), measured["nfe"], measured["seconds_per_image"],
@@ -77,7 +77,7 @@ def markdown(report: dict[str, Any], points: Sequence[Settings]) -> str:
 def draw_curves(report: dict[str, Any], points: Sequence[Settings], out: Path) -> None:
     """curves.png: every figure over the first swept number, a line for each combination of the rest."""
     axes = varied(points)
-    x = next((n for n in ("num_inference_steps", "guidance_scale", "temperature", "stop_after") if n in axes
+    x = next((n for n in ("num_inference_steps", "guidance_scale", "temperature", "r_temp", "stop_after") if n in axes
               and all(isinstance(getattr(p, n), (int, float)) for p in points)), None)
     if x is None or not have_matplotlib():
         return

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..checkpoints import atomic_path, read_tensors, tensors_sha256, write_tensors
 from ..errors import UsageError, unknown_name
+from .muon import Muon, muon_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,10 @@ class RunConfig:
 
     learning_rate: peak, after `warmup_steps` of linear rise; `decay` is "cosine" (to zero at `steps`), "trapezoid"
     (constant, then linear to zero over the last fifth: a run that has not come there can still be made longer or
-    shorter) or "constant". The optimizer is AdamW; weight decay acts on matrices, not on gains and biases. clip:
-    largest norm of the gradient, 0 is off. ema: decay of the weight average, 0 is off. precision: "float32" or "bf16"
-    (autocast). threads: 0 leaves PyTorch's choice.
+    shorter) or "constant". optimizer: "adamw", or "muon" for the hidden matrices and AdamW for the rest at the same
+    learning rate; weight decay acts on matrices, not on gains and biases. clip: largest norm of the gradient, 0 is off.
+    ema: decay of the weight average, 0 is off. precision: "float32" or "bf16" (autocast). threads: 0 leaves PyTorch's
+    choice.
     """
 
     steps: int = 10_000
@@ -41,6 +43,7 @@ class RunConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     decay: str = "cosine"
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -53,7 +56,8 @@ class RunConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"decay": ("cosine", "trapezoid", "constant"), "precision": ("float32", "bf16")}
+        choices = {"decay": ("cosine", "trapezoid", "constant"), "optimizer": ("adamw", "muon"),
+                   "precision": ("float32", "bf16")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
@@ -133,13 +137,18 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters that want a gradient; weight decay acts on matrices, not on gains and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas,
-                             fused=True)
+def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
+    """Over all parameters that want a gradient: AdamW, or Muon and AdamW beside it."""
+    muon = muon_parameters(model) if config.optimizer == "muon" else []
+    taken = {id(p) for p in muon}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=True)]
+    if muon:
+        optimizers.append(Muon(muon, config.learning_rate, weight_decay=config.weight_decay))
+    return optimizers
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -165,7 +174,7 @@ class _Run:
 
     def __init__(self, task: Task, config: RunConfig, out: Path) -> None:
         self.task, self.config, self.out, self.step = task, config, out, 0
-        self.optimizer = build_optimizer(task.model, config)
+        self.optimizers = build_optimizers(task.model, config)
         self.average = (AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
                         if config.ema else None)
         fixed = {k: v for k, v in dataclasses.asdict(config).items()
@@ -182,7 +191,8 @@ class _Run:
         if self.average:
             tensors |= {f"average/{k}": v for k, v in self.average.module.state_dict().items()}
             tensors["count"] = self.average.n_averaged
-        tensors |= {f"optimizer/{k}": v for k, v in _flatten(self.optimizer).items()}
+        for number, optimizer in enumerate(self.optimizers):
+            tensors |= {f"optimizer/{number}/{k}": v for k, v in _flatten(optimizer).items()}
         tensors |= {f"extra/{k}": v for k, v in self.task.extra_state().items()}
         metadata = {"step": str(self.step), "settings": json.dumps(self.description),
                     "content_sha256": tensors_sha256(tensors)}
@@ -213,7 +223,8 @@ class _Run:
         if self.average:
             self.average.module.load_state_dict(part("average/"))
             self.average.n_averaged.copy_(tensors["count"])
-        _unflatten(self.optimizer, part("optimizer/"))
+        for number, optimizer in enumerate(self.optimizers):
+            _unflatten(optimizer, part(f"optimizer/{number}/"))
         self.task.load_extra_state(part("extra/"))
         self.step = int(metadata["step"])
         return True
@@ -242,7 +253,7 @@ class _Run:
 def _one_step(run: _Run) -> dict[str, Tensor | float]:
     config, model = run.config, run.task.model
     factor = learning_rate(config, run.step)
-    for group in run.optimizer.param_groups:
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
         group["lr"] = config.learning_rate * factor
     device = next(model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -252,8 +263,9 @@ def _one_step(run: _Run) -> dict[str, Tensor | float]:
     if not (math.isfinite(loss.detach()) and math.isfinite(norm)):
         raise FloatingPointError(f"step {run.step}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}: lower "
                                  f"the learning rate; the last checkpoint in {run.out} is intact")
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     if run.average:
         run.average.update_parameters(model)
     run.step += 1
@@ -264,9 +276,9 @@ def _one_step(run: _Run) -> dict[str, Tensor | float]:
 def train(task: Task, config: RunConfig, out: Path, quiet: bool = False) -> Path:
     """Trains to `config.steps`, going on from `out/state.safetensors` where there is one.
 
-    Writes `metrics.jsonl`, sample grids `samples-STEP.png` and, at the end, the model folder `out/model`. An
-    interrupt or a termination signal saves the state first, then raises KeyboardInterrupt or SystemExit(143).
-    Returns the model folder.
+    Writes `metrics.jsonl` and, every `config.sample_every` steps and at the end, a sample grid `samples-STEP.png` and
+    the model folder `out/model`. An interrupt or a termination signal saves the state first, then raises
+    KeyboardInterrupt or SystemExit(143). Returns the model folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     if config.threads:
@@ -294,6 +306,7 @@ def train(task: Task, config: RunConfig, out: Path, quiet: bool = False) -> Path
             if run.step % config.sample_every == 0 or last:
                 with atomic_path(out / f"samples-{run.step:07d}.png") as path:
                     run.log({"step": run.step, **task.sample(run.evaluated, path)})
+                task.save(run.evaluated, out / "model", run.step)
                 began, counted = time.perf_counter(), 0
             if run.step % config.checkpoint_every == 0 or last:
                 run.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ from .loop import RunConfig, batch_indices, step_generator
 @dataclasses.dataclass(frozen=True)
 class TokenizerObjective:
     """Weights of the losses. l1 + l2 are always on; `perceptual` joins after the share `perceptual_from` of the steps
-    (squared error alone learns faster at first). The codebook starts by k-means after `unquantised_steps` steps.
+    (squared error alone learns faster at first) and looks at the share `perceptual_share` of each batch (its network
+    costs as much as the tokenizer). The codebook starts by k-means after `unquantised_steps` steps.
     `white`: share of pictures shown on white, the others get a random background colour behind their alpha, so that
     pale glyphs are seen."""
 
@@ -28,6 +30,7 @@ class TokenizerObjective:
     l2: float = 1.0
     perceptual: float = 0.3
     perceptual_from: float = 0.5
+    perceptual_share: float = 1.0
     commitment: float = 0.25
     unquantised_steps: int = 300
     white: float = 0.8
@@ -37,7 +40,7 @@ class TokenizerObjective:
         for name in ("l1", "l2", "perceptual", "commitment", "unquantised_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("perceptual_from", "white"):
+        for name in ("perceptual_from", "perceptual_share", "white"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
@@ -134,7 +137,8 @@ class TokenizerTask:
         difference = y - x
         loss = o.l1 * difference.abs().mean() + o.l2 * difference.pow(2).mean() + o.commitment * commitment
         if self.perceptual is not None and o.perceptual and step >= o.perceptual_from * self.run.steps:
-            perceptual = perceptual_loss(self.perceptual, y, x)
+            seen = math.ceil(o.perceptual_share * len(x))
+            perceptual = perceptual_loss(self.perceptual, y[:seen], x[:seen])
             figures["perceptual"] = float(perceptual.detach())
             loss = loss + o.perceptual * perceptual
         figures["psnr"] = float(psnr(y.detach(), x).mean())
