@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", default=["halton", "confidence", "random", "raster", "sobol"])
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--temperatures", nargs="+", default=["0.7", "0.85", "1"])
-    parser.add_argument("--r-temps", nargs="+", default=["1.5", "4.5", "12"])
+    parser.add_argument("--r-temps", type=float, nargs="+", default=[1.5, 4.5, 12.0])
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--tuning-images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)

@@ -402,6 +402,16 @@ def test_full_disk(pipe, folder, tmp_path, monkeypatch):
     one_line(error)
 
 
+def test_sweep_of_the_noise(pipe, folder, tmp_path):
+    points = sweep(pipe.settings, orders=["confidence"], r_temps=[0.0, 50.0])
+    report = measure(pipe, folder, tmp_path / "out", images=10, points=points)
+    assert [point.r_temp for point in points] == [0, 50]
+    assert report["points"][0]["figures"] != report["points"][1]["figures"]
+    assert "| confidence | " in (page := markdown(report, points))
+    assert " r_temp |" in page
+    assert " r_temp |" not in markdown({**report, "points": report["points"][:1]}, points[:1])
+
+
 def test_damaged_chunk(pipe, folder, tmp_path):
     measure(pipe, folder, tmp_path / "out")
     chunk = next((tmp_path / "out" / "features").rglob("0*.safetensors"))
@@ -413,7 +423,8 @@ def test_damaged_chunk(pipe, folder, tmp_path):
 
 def test_wrong_sweeps(pipe, folder, tmp_path):
     for axes, message in (({"orders": ["haltom"]}, "did you mean halton"), ({"steps": [4, 4]}, "given twice"),
-                          ({"guidance_scales": ["x"]}, "neither a number"), ({"steps": [0]}, "at least 1")):
+                          ({"guidance_scales": ["x"]}, "neither a number"), ({"r_temps": [-1.0]}, "r_temp"),
+                          ({"steps": [0]}, "at least 1")):
         with pytest.raises(UsageError, match=message):
             sweep(pipe.settings, **axes)
     with pytest.raises(UsageError, match="17 steps are more than the 16 tokens"):

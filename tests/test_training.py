@@ -397,6 +397,36 @@ def test_the_perceptual_loss_joins_late(tmp_path: Path) -> None:
         TokenizerTask(SMALL_TOKENIZER.tokenizer, objective, SMALL_TOKENIZER.run, shapes(20), shapes(4), None)
 
 
+def test_the_decoder_learns_on_alone(tmp_path: Path) -> None:
+    """The tokens stay as they are to the last one, in the written folder too; the decoder gets better."""
+    run = dataclasses.replace(SMALL_TOKENIZER.run, steps=60, log_every=10, checkpoint_every=100)
+    first = load_tokenizer(train(tokenizer_task(dataclasses.replace(SMALL_TOKENIZER, run=run)), run, tmp_path / "first",
+                                 quiet=True))
+    objective = dataclasses.replace(SMALL_TOKENIZER.objective, decoder_only=True)
+    task = TokenizerTask(first.config, objective, run, shapes(40, 16)[4:], shapes(40, 16)[:4], start=first)
+    second = load_tokenizer(train(task, run, tmp_path / "second", quiet=True))
+    pictures = on_background(shapes(40, 16), torch.ones(40, 3))
+    tokens = first.encode(pictures)
+    assert torch.equal(second.encode(pictures), tokens)
+    better = psnr(second.decode(tokens), pictures).mean() - psnr(first.decode(tokens), pictures).mean()
+    assert better > 0.3
+    with pytest.raises(ValueError, match="decoder_only needs a trained tokenizer"):
+        TokenizerTask(first.config, objective, run, shapes(8), shapes(4))
+
+
+def test_training_may_start_from_a_tokenizer(tmp_path: Path) -> None:
+    """It begins as good as that one is: quantised from the first step on, with its codebook."""
+    run = dataclasses.replace(SMALL_TOKENIZER.run, steps=60, log_every=10, checkpoint_every=100)
+    first = load_tokenizer(train(tokenizer_task(dataclasses.replace(SMALL_TOKENIZER, run=run)), run, tmp_path,
+                                 quiet=True))
+    pictures = shapes(40, 16)
+    task = TokenizerTask(first.config, SMALL_TOKENIZER.objective, run, pictures[4:], pictures[:4], start=first)
+    x = task.pictures(0)
+    expected = psnr(first.decode(first.encode(x)), x).mean()
+    assert task.loss(0)[1]["psnr"] == pytest.approx(float(expected), abs=1e-3)
+    assert (task.model.quantize.codebook * first.quantize.codebook).sum(1).min() > 0.9
+
+
 # --- resuming -----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ..evaluation.studies import STUDIES
-from .options import File, Flag, Json, Names, Numbers, Reals, Text
+from .options import Decimals, File, Flag, Json, Names, Numbers, Reals, Text
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
     schedules: Names = (),
     guidance_scales: Reals = (),
     temperatures: Reals = (),
-    r_temps: Reals = (),
+    r_temps: Decimals = (),
     seed: Annotated[int, arg(metavar="N")] = 0,
     split: Text = None,
     label_field: Text = None,

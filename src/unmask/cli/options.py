@@ -22,6 +22,7 @@ Texts = Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint=""
 Numbers = Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="")]
 Names = Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")]
 Reals = Annotated[tuple[str, ...], arg(metavar="X ...", help_behavior_hint="")]
+Decimals = Annotated[tuple[float, ...], arg(metavar="X ...", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 Json = Annotated[bool, arg(name="json", help_behavior_hint="")]
 

@@ -63,6 +63,7 @@ def train_tokenizer(
     out: Path,
     preset: Annotated[str, arg(metavar="NAME")] = "emoji",
     recipe: File = None,
+    start: File = None,
     steps: Number = None,
     batch_size: Number = None,
     learning_rate: Real = None,
@@ -80,9 +81,10 @@ def train_tokenizer(
     Args:
         data: A webdataset tar or a folder of pictures.
         out: Folder of the run; the tokenizer ends up in its `model`.
-        preset: The recipe: emoji.
+        preset: The recipe: emoji, emoji-decoder.
         recipe: A JSON file with what differs from the preset: {"image_size": 128, "run": {"steps": 5000}}. A run leaves
             its whole recipe in its folder as recipe.json.
+        start: A tokenizer folder whose weights training begins with.
         steps: Optimiser steps.
         batch_size: Pictures a step.
         learning_rate: The peak.
@@ -100,7 +102,7 @@ def train_tokenizer(
            "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}
     with usage():
         chosen = choose_recipe(TOKENIZER_RECIPES, preset, recipe, {"run": run, "objective": {"perceptual": perceptual}})
-    print(run_train_tokenizer(data, out, chosen, quiet))
+    print(run_train_tokenizer(data, out, chosen, quiet, start))
 
 
 def tokenize(data: Path, tokenizer: Path, out: Path, flip: Flag = False, force: Flag = False,

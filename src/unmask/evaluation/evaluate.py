@@ -162,14 +162,14 @@ def _real_pictures(source: ImageSource, order: Sequence[int], records: Sequence[
 
 def sweep(base: Settings, steps: Sequence[int] = (), orders: Sequence[str] = (), schedules: Sequence[Schedule] = (),
           guidance_scales: Sequence[str] = (), temperatures: Sequence[str] = (),
-          r_temps: Sequence[str] = ()) -> list[Settings]:
+          r_temps: Sequence[float] = ()) -> list[Settings]:
     """Every combination of the values given, over `base` for what is not; scales and temperatures as on the command
     line ("3", "1:4", "3@0.2-0.8"). Raises UsageError for values out of range or given twice."""
-    axes: dict[str, Sequence[Any]] = {"num_inference_steps": steps, "order": orders, "schedule": schedules}
+    axes: dict[str, Sequence[Any]] = {"num_inference_steps": steps, "order": orders, "schedule": schedules,
+                                      "r_temp": r_temps}
     try:
         axes["guidance_scale"] = [parse_varying(text) for text in guidance_scales]
         axes["temperature"] = [parse_varying(text) for text in temperatures]
-        axes["r_temp"] = [float(text) for text in r_temps]
     except ValueError as error:
         raise UsageError(str(error)) from None
     axes = {name: values for name, values in axes.items() if values}

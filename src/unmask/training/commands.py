@@ -66,8 +66,13 @@ def _run(task: TokenizerTask | TransformerTask, recipe: Recipe | TokenizerRecipe
     return train(task, recipe.run, out, quiet)
 
 
-def run_train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, quiet: bool) -> Path:
-    """Trains a tokenizer on the "train" pictures of a tar or folder; returns its folder."""
+def run_train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, quiet: bool, start: Path | None = None) -> Path:
+    """Trains a tokenizer on the "train" pictures of a tar or folder, from the weights in the folder `start` where it is
+    given, whose shape then replaces the recipe's; returns its folder."""
+    if recipe.objective.decoder_only and start is None:
+        raise UsageError("the recipe trains the decoder of a tokenizer only: give that tokenizer's folder as --start")
+    begin = load_tokenizer(start) if start else None
+    recipe = dataclasses.replace(recipe, tokenizer=begin.config) if begin else recipe
     source = open_images(data)
     network = None
     if recipe.objective.perceptual:
@@ -81,7 +86,7 @@ def run_train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, quiet: b
         if not len(part):
             raise UsageError(f"{data}: no picture has the split '{name}'")
     task = TokenizerTask(recipe.tokenizer, recipe.objective, recipe.run, pictures["train"], pictures["held-concept"],
-                         network)
+                         network, begin)
     return _run(task, recipe, out, quiet)
 
 

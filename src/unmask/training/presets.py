@@ -60,7 +60,16 @@ def emoji_tokenizer() -> TokenizerRecipe:
     return TokenizerRecipe(64, config, objective, run)
 
 
-TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRecipe]] = {"emoji": emoji_tokenizer}
+def emoji_decoder() -> TokenizerRecipe:
+    """The embedded tokenizer's decoder, trained on while its tokens stay as they are."""
+    recipe = emoji_tokenizer()
+    objective = dataclasses.replace(recipe.objective, perceptual=0.1, perceptual_from=0.0, decoder_only=True)
+    run = dataclasses.replace(recipe.run, steps=1500, learning_rate=1e-3, checkpoint_every=250, sample_every=500)
+    return dataclasses.replace(recipe, objective=objective, run=run)
+
+
+TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRecipe]] = {"emoji": emoji_tokenizer,
+                                                               "emoji-decoder": emoji_decoder}
 
 
 def emoji() -> Recipe:

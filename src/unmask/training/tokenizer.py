@@ -24,7 +24,7 @@ class TokenizerObjective:
     (squared error alone learns faster at first) and looks at the share `perceptual_share` of each batch (its network
     costs as much as the tokenizer). The codebook starts by k-means after `unquantised_steps` steps.
     `white`: share of pictures shown on white, the others get a random background colour behind their alpha, so that
-    pale glyphs are seen."""
+    pale glyphs are seen. `decoder_only`: a trained tokenizer's decoder learns on, its tokens stay as they are."""
 
     l1: float = 1.0
     l2: float = 1.0
@@ -35,6 +35,7 @@ class TokenizerObjective:
     unquantised_steps: int = 300
     white: float = 0.8
     flip: bool = True
+    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "perceptual", "commitment", "unquantised_steps"):
@@ -83,11 +84,12 @@ def save_grid(rows: list[Tensor], path: Path) -> None:
 class TokenizerTask:
     """Trains a :class:`VQGAN` on pictures with alpha held in memory.
 
-    train, held_out: uint8 (N, 4, S, S); perceptual: a frozen feature network, or None.
+    train, held_out: uint8 (N, 4, S, S); perceptual: a frozen feature network, or None. start: a tokenizer of the same
+    config whose weights and codebook training begins with, without unquantised steps.
     """
 
     def __init__(self, config: VQConfig, objective: TokenizerObjective, run: RunConfig, train: Tensor,
-                 held_out: Tensor, perceptual: FeatureStages | None = None) -> None:
+                 held_out: Tensor, perceptual: FeatureStages | None = None, start: VQGAN | None = None) -> None:
         torch_state = torch.random.get_rng_state()
         torch.manual_seed(run.seed)
         self.model = VQGAN(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -95,7 +97,15 @@ class TokenizerTask:
         self.model.quantize.embedding.weight.requires_grad_(False)
         self.objective, self.run, self.perceptual = objective, run, perceptual
         self.train_pictures, self.held_out = train, held_out
-        self.codebook = CodebookTrainer(self.model.quantize)
+        self.codebook, self.started = CodebookTrainer(self.model.quantize), start is not None
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
+            self.codebook.total.copy_(start.quantize.codebook)
+        if objective.decoder_only:
+            if start is None:
+                raise ValueError("decoder_only needs a trained tokenizer to start with")
+            self.model.encoder.requires_grad_(False)
+            self.model.quant_conv.requires_grad_(False)
         if perceptual is None and objective.perceptual:
             raise ValueError("the perceptual loss needs a feature network; its weight can be 0")
 
@@ -117,22 +127,26 @@ class TokenizerTask:
                        for i in range(max(1, 1024 // self.run.batch_size))]
         self.codebook.start(torch.cat(latents), step_generator(self.run.seed, step, purpose=3))
 
+    def _codes(self, x: Tensor, step: int, figures: dict[str, float]) -> tuple[Tensor, Tensor]:
+        """What the decoder gets for the pictures of a step, and the commitment loss; the codebook moves."""
+        quantize = self.model.quantize
+        if self.objective.decoder_only:
+            return quantize.lookup(self.model.encode(x)), x.new_zeros(())
+        z = F.normalize(self.model.latents(x), dim=1)
+        if step < self.objective.unquantised_steps and not self.started:
+            return z, z.new_zeros(())
+        tokens = quantize.encode(z.detach())
+        nearest = quantize.lookup(tokens)
+        figures["restarted"] = self.codebook.update(z, nearest, tokens, step_generator(self.run.seed, step, purpose=4))
+        return z + (nearest - z).detach(), (z - nearest).pow(2).mean()
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         o = self.objective
-        if step == o.unquantised_steps:
+        if step == o.unquantised_steps and not self.started:
             self._start_codebook(step)
         x = self.pictures(step)
-        z = F.normalize(self.model.latents(x), dim=1)
         figures: dict[str, float] = {}
-        commitment = z.new_zeros(())
-        codes = z
-        if step >= o.unquantised_steps:
-            tokens = self.model.quantize.encode(z.detach())
-            nearest = self.model.quantize.lookup(tokens)
-            codes = z + (nearest - z).detach()
-            commitment = (z - nearest).pow(2).mean()
-            figures["restarted"] = self.codebook.update(z, nearest, tokens,
-                                                         step_generator(self.run.seed, step, purpose=4))
+        codes, commitment = self._codes(x, step, figures)
         y = self.model.decode_codes(codes)
         difference = y - x
         loss = o.l1 * difference.abs().mean() + o.l2 * difference.pow(2).mean() + o.commitment * commitment
