@@ -31,9 +31,9 @@ from unmask.training.tokenizer import TokenizerObjective, TokenizerTask, on_back
 from unmask.training.transformer import Conditioning, TransformerTask
 
 GOLDEN = {
-    "tokenizer": [3.303571, 5.038142, 3.237128, 2.664259, 1.800875, 2.313612, 2.120103, 1.657973, 1.991862, 2.031568],
-    "emoji": [8.377855, 8.442253, 8.345573, 8.089548, 7.880233, 7.79714, 7.53167, 7.355624, 7.112757, 6.90687],
-    "emoji-class": [8.370452, 8.140553, 7.844522, 7.556596, 7.186204, 7.321031, 6.705035, 6.203318, 5.951273, 5.789602],
+    "tokenizer": [3.303571, 2.574473, 2.90228, 2.349278, 1.911769, 1.481881, 1.122705, 1.487512, 1.264503, 1.111614],
+    "emoji": [8.377855, 8.156262, 7.577633, 6.64059, 5.766904, 5.78395, 4.829759, 4.56122, 4.251191, 3.937068],
+    "emoji-class": [8.379708, 8.10108, 7.768649, 7.253284, 6.689511, 6.497087, 5.572237, 4.772345, 4.398761, 4.059675],
     "paper-class": [6.258701, 6.24429, 6.243916, 6.247068, 6.219768, 6.226645, 6.196949, 6.194522, 6.204506, 6.180624],
     "paper-text": [6.243627, 6.252542, 6.257185, 6.246926, 6.2208, 6.213797, 6.210757, 6.178587, 6.198137, 6.186454],
 }
@@ -333,7 +333,7 @@ def ten_losses(name: str, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", ["tokenizer", *RECIPES])
 def test_ten_steps_are_golden(name: str, tmp_path: Path) -> None:
-    assert ten_losses(name, tmp_path) == pytest.approx(GOLDEN[name], rel=1e-4)
+    assert ten_losses(name, tmp_path) == pytest.approx(GOLDEN[name], rel=1e-3)
 
 
 # --- learning -----------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(orthogonalise(ahead).reshape(parameter.shape), alpha=-group["lr"] * scale)
 
 
-def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
+def muon_parameters(model: nn.Module) -> list[Tensor]:
     """The weights of linear layers and convolutions between hidden layers: those with at least 16 rows and columns."""
     return [module.weight for module in model.modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.requires_grad

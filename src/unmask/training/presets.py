@@ -76,7 +76,7 @@ def emoji() -> Recipe:
     """The embedded text model, sized for two CPU cores and for a weight file under 15 MB in bf16."""
     model = TransformerConfig("text", (8, 8), 4096, width=256, depth=4, heads=4, mlp=1024, patch=2, text_dim=192,
                               text_length=16, text_depth=1)
-    run = RunConfig(steps=3_000, batch_size=32, learning_rate=2e-3, warmup_steps=200, decay="trapezoid",
+    run = RunConfig(steps=2_400, batch_size=64, learning_rate=5e-3, warmup_steps=200, decay="trapezoid",
                     optimizer="muon", betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250,
                     sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=3.0, temperature=0.8),
@@ -87,11 +87,11 @@ def emoji_class() -> Recipe:
     """The embedded class model: 98 subgroups."""
     model = TransformerConfig("class", (8, 8), 4096, width=192, depth=5, heads=4, mlp=swiglu_hidden(192), patch=2,
                               registers=1, classes=98)
-    run = RunConfig(steps=2_000, batch_size=32, learning_rate=3e-3, warmup_steps=200, decay="trapezoid",
+    run = RunConfig(steps=2_200, batch_size=64, learning_rate=4e-3, warmup_steps=100, decay="trapezoid",
                     optimizer="muon", betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250,
                     sample_every=1000)
     return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=2.0, temperature=0.9),
-                  label_field="subgroup")
+                  label_field="subgroup", codebook_start=True)
 
 
 def paper_class() -> Recipe:
