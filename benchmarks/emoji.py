@@ -131,7 +131,8 @@ def main() -> None:
     extractor = EfficientNetLite0(size=128)
     measure = {"retrieval": retrieval, "frechet": frechet}[arguments.measure]
     result = measure(open_images(arguments.data), extractor, arguments)
-    result["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "out"}
+    result["settings"] = {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items()
+                          if k not in ("out", "model")}
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

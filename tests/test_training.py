@@ -410,6 +410,11 @@ def test_the_decoder_learns_on_alone(tmp_path: Path) -> None:
     assert torch.equal(second.encode(pictures), tokens)
     better = psnr(second.decode(tokens), pictures).mean() - psnr(first.decode(tokens), pictures).mean()
     assert better > 0.3
+    other = TokenizerTask(first.config, objective, run, shapes(40, 16)[4:], shapes(40, 16)[:4], start=second)
+    with pytest.raises(UsageError, match="start = "):  # a run does not go on from another beginning
+        train(other, run, tmp_path / "second", quiet=True)
+    with pytest.raises(ValueError, match=r"perceptual_share must lie in \(0, 1\], got 0"):
+        TokenizerObjective(perceptual_share=0)
     with pytest.raises(ValueError, match="decoder_only needs a trained tokenizer"):
         TokenizerTask(first.config, objective, run, shapes(8), shapes(4))
 

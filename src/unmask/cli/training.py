@@ -58,25 +58,37 @@ def data(
     print(what.out)
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is not given is as the recipe says."""
+
+    steps: Number = None
+    """Optimiser steps."""
+    batch_size: Number = None
+    """Pictures a step."""
+    learning_rate: Real = None
+    """The peak."""
+    seed: Number = None
+    """Of weights, data order, augmentation and masks."""
+    checkpoint_every: Number = None
+    """Steps between saved states."""
+    sample_every: Number = None
+    """Steps between sample grids."""
+    threads: Number = None
+    """CPU threads; 0 leaves PyTorch's choice."""
+
+
 def train_tokenizer(
     data: Path,
     out: Path,
     preset: Annotated[str, arg(metavar="NAME")] = "emoji",
     recipe: File = None,
     start: File = None,
-    steps: Number = None,
-    batch_size: Number = None,
-    learning_rate: Real = None,
-    seed: Number = None,
-    checkpoint_every: Number = None,
-    sample_every: Number = None,
-    threads: Number = None,
+    run: RunOptions = RunOptions(),
     perceptual: Real = None,
     quiet: Flag = False,
 ) -> None:
     """Train a tokenizer on pictures. The same command goes on where a run stopped.
-
-    What is not given is as the recipe says.
 
     Args:
         data: A webdataset tar or a folder of pictures.
@@ -85,23 +97,15 @@ def train_tokenizer(
         recipe: A JSON file with what differs from the preset: {"image_size": 128, "run": {"steps": 5000}}. A run leaves
             its whole recipe in its folder as recipe.json.
         start: A tokenizer folder whose weights training begins with.
-        steps: Optimiser steps.
-        batch_size: Pictures a step.
-        learning_rate: The peak.
-        seed: Of weights, data order and augmentation.
-        checkpoint_every: Steps between saved states.
-        sample_every: Steps between sample grids.
-        threads: CPU threads; 0 leaves PyTorch's choice.
         perceptual: Weight of the perceptual loss; 0 needs no feature network.
         quiet: No progress bar.
     """
     from ..training.commands import choose_recipe, run_train_tokenizer
     from ..training.presets import TOKENIZER_RECIPES
 
-    run = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-           "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}
     with usage():
-        chosen = choose_recipe(TOKENIZER_RECIPES, preset, recipe, {"run": run, "objective": {"perceptual": perceptual}})
+        chosen = choose_recipe(TOKENIZER_RECIPES, preset, recipe,
+                               {"run": dataclasses.asdict(run), "objective": {"perceptual": perceptual}})
     print(run_train_tokenizer(data, out, chosen, quiet, start))
 
 
@@ -129,18 +133,10 @@ def train(
     out: Path,
     preset: Annotated[str, arg(metavar="NAME")] = "emoji",
     recipe: File = None,
-    steps: Number = None,
-    batch_size: Number = None,
-    learning_rate: Real = None,
-    seed: Number = None,
-    checkpoint_every: Number = None,
-    sample_every: Number = None,
-    threads: Number = None,
+    run: RunOptions = RunOptions(),
     quiet: Flag = False,
 ) -> None:
     """Train a transformer on tokens. The same command goes on where a run stopped.
-
-    What is not given is as the recipe says.
 
     Args:
         data: A token folder that `unmask tokenize` wrote.
@@ -149,20 +145,11 @@ def train(
         preset: The recipe: emoji, emoji-class, paper-class, paper-text.
         recipe: A JSON file with what differs from the preset: {"label_field": "class", "transformer": {"width": 128}}.
             A run leaves its whole recipe in its folder as recipe.json.
-        steps: Optimiser steps.
-        batch_size: Pictures a step.
-        learning_rate: The peak.
-        seed: Of weights, data order and masks.
-        checkpoint_every: Steps between saved states.
-        sample_every: Steps between sample grids.
-        threads: CPU threads; 0 leaves PyTorch's choice.
         quiet: No progress bar.
     """
     from ..training.commands import choose_recipe, run_train
     from ..training.presets import RECIPES
 
-    run = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-           "checkpoint_every": checkpoint_every, "sample_every": sample_every, "threads": threads}
     with usage():
-        chosen = choose_recipe(RECIPES, preset, recipe, {"run": run})
+        chosen = choose_recipe(RECIPES, preset, recipe, {"run": dataclasses.asdict(run)})
     print(run_train(data, tokenizer, out, chosen, quiet))

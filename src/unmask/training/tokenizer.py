@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoints import write_model
+from ..checkpoints import tensors_sha256, write_model
 from ..tokenizers.quantizer import CodebookTrainer
 from ..tokenizers.vqgan import VQGAN, VQConfig
 from .loop import RunConfig, batch_indices, step_generator
@@ -41,9 +41,11 @@ class TokenizerObjective:
         for name in ("l1", "l2", "perceptual", "commitment", "unquantised_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("perceptual_from", "perceptual_share", "white"):
+        for name in ("perceptual_from", "white"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.perceptual_share <= 1:
+            raise ValueError(f"perceptual_share must lie in (0, 1], got {self.perceptual_share}")
 
 
 class FeatureStages(Protocol):
@@ -97,7 +99,8 @@ class TokenizerTask:
         self.model.quantize.embedding.weight.requires_grad_(False)
         self.objective, self.run, self.perceptual = objective, run, perceptual
         self.train_pictures, self.held_out = train, held_out
-        self.codebook, self.started = CodebookTrainer(self.model.quantize), start is not None
+        self.codebook = CodebookTrainer(self.model.quantize)
+        self.start_sha256 = None if start is None else tensors_sha256(start.state_dict())
         if start is not None:
             self.model.load_state_dict(start.state_dict())
             self.codebook.total.copy_(start.quantize.codebook)
@@ -133,7 +136,7 @@ class TokenizerTask:
         if self.objective.decoder_only:
             return quantize.lookup(self.model.encode(x)), x.new_zeros(())
         z = F.normalize(self.model.latents(x), dim=1)
-        if step < self.objective.unquantised_steps and not self.started:
+        if step < self.objective.unquantised_steps and self.start_sha256 is None:
             return z, z.new_zeros(())
         tokens = quantize.encode(z.detach())
         nearest = quantize.lookup(tokens)
@@ -142,7 +145,7 @@ class TokenizerTask:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         o = self.objective
-        if step == o.unquantised_steps and not self.started:
+        if step == o.unquantised_steps and self.start_sha256 is None:
             self._start_codebook(step)
         x = self.pictures(step)
         figures: dict[str, float] = {}
@@ -198,4 +201,4 @@ class TokenizerTask:
 
     def describe(self) -> dict[str, Any]:
         return {"tokenizer": dataclasses.asdict(self.model.config), "objective": dataclasses.asdict(self.objective),
-                "pictures": len(self.train_pictures)}
+                "pictures": len(self.train_pictures), "start": self.start_sha256}
