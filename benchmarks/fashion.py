@@ -1,4 +1,5 @@
-"""Fashion-MNIST as a webdataset tar for the training commands: 60,000 photographs of clothes, 28 x 28, ten classes.
+"""Fashion-MNIST as a webdataset tar for the training commands: 60,000 photographs of clothes, 28 x 28, ten classes, and
+the 10,000 test pictures held out.
 
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion
     python benchmarks/fashion.py fashion/usr/share/datasets/fashion-mnist runs/fashion.tar
@@ -31,17 +32,18 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def main(source: Path, out: Path) -> None:
-    pictures = read_idx(source / "train-images-idx3-ubyte.gz")
-    labels = read_idx(source / "train-labels-idx1-ubyte.gz")
     with tarfile.open(out, "w") as tar:
-        for i, (pixels, label) in enumerate(zip(tqdm(pictures, disable=None), labels, strict=True)):
-            picture = io.BytesIO()
-            Image.fromarray(pixels).save(picture, format="PNG")
-            record = json.dumps({"class": CLASSES[label]}).encode()
-            for extension, content in (("png", picture.getvalue()), ("json", record)):
-                member = tarfile.TarInfo(f"{i:05d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        for file, split in (("train", "train"), ("t10k", "held-concept")):
+            pictures = read_idx(source / f"{file}-images-idx3-ubyte.gz")
+            labels = read_idx(source / f"{file}-labels-idx1-ubyte.gz")
+            for i, (pixels, label) in enumerate(zip(tqdm(pictures, disable=None), labels, strict=True)):
+                picture = io.BytesIO()
+                Image.fromarray(pixels).save(picture, format="PNG")
+                record = json.dumps({"class": CLASSES[label], "split": split}).encode()
+                for extension, content in (("png", picture.getvalue()), ("json", record)):
+                    member = tarfile.TarInfo(f"{file}-{i:05d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python benchmarks/orders.py runs/fashion-class/model --reference runs/fashion.tar --out runs/orders-fashion
 
 First each order at each number of steps gets the temperature (and the confidence order the noise `r_temp`) that gives
-the lowest FID with pictures of other seeds; then it is measured with that, once for each of `--seeds` disjoint ranges
-of seeds. Writes orders.json, orders.md (mean and standard deviation over the ranges) and orders.png. Interrupted, the
-same command goes on.
+the lowest FID with pictures of other seeds; then it draws with that for `--seeds` disjoint ranges of seeds, each
+measured alone against all real pictures (FID) or as many of them (KID and the like), and all together (FID).
+Writes orders.json, orders.md (mean and standard deviation over the ranges), orders.png and features, which are not
+computed twice: interrupted, the same command goes on, and several may share the work with different `--orders`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from unmask.evaluation.evaluate import evaluate, load, sweep
+from unmask.evaluation.evaluate import drawn, evaluations, figures, load, sweep
+from unmask.evaluation.features import Extractor
+from unmask.evaluation.gather import Gathered, collect, gather
+from unmask.evaluation.metrics import Statistics, frechet_distance
 from unmask.evaluation.plots import curves
 from unmask.evaluation.report import FIGURES, table
 from unmask.sampling import Settings
@@ -40,6 +45,14 @@ def spread(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return found
 
 
+def part(of: Gathered, extractor: Extractor, numbers: slice) -> Gathered:
+    """What is known of some of a set's pictures."""
+    statistics = Statistics.of(extractor)
+    statistics.update(of.features[numbers])
+    return Gathered(statistics, of.features[numbers], None if of.probabilities is None else of.probabilities[numbers],
+                    of.seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -50,42 +63,56 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--temperatures", nargs="+", default=["0.7", "0.85", "1"])
     parser.add_argument("--r-temps", type=float, nargs="+", default=[1.5, 4.5, 12.0])
-    parser.add_argument("--images", type=int, default=1500)
-    parser.add_argument("--tuning-images", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=1000, help="of each range of seeds")
+    parser.add_argument("--tuning-images", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3, help="ranges of seeds")
+    parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     pipe, extractor, reference = load(arguments.model, arguments.reference, "efficientnet-lite0@128", None,
                                       arguments.split, None, False)
+    assert reference.pictures is not None
     base = dataclasses.replace(pipe.settings, roll=False)
 
-    def measure(points: Sequence[Settings], images: int, seed: int) -> list[dict[str, Any]]:
+    def measure(points: Sequence[Settings], images: int, seed: int) -> list[Gathered]:
+        sets = [drawn(pipe, point, reference, images, seed, arguments.out, 64) for point in points]
         with tqdm(total=images * len(points), unit="picture", desc=f"seed {seed}", disable=None) as bar:
-            report = evaluate(pipe, extractor, reference, points, arguments.out, images, seed=seed, allow_few=True,
-                              force=True, progress=bar.update)
-        assert report is not None
-        return report["points"]
+            gather(sets, extractor, arguments.out, progress=bar.update)
+        return [collect(pictures, extractor, arguments.out) for pictures in sets]
 
-    tuned: list[dict[str, Any]] = []
+    gather([reference.pictures], extractor, arguments.out)
+    real = collect(reference.pictures, extractor, arguments.out)
+    alike = part(real, extractor, slice(0, arguments.images))
+    known = dataclasses.replace(reference, statistics=real.statistics)
+    tuning: list[tuple[Settings, float]] = []
     for order in arguments.orders:
         noise = arguments.r_temps if order == "confidence" else ()
         points = sweep(base, arguments.steps, [order], temperatures=arguments.temperatures, r_temps=noise)
-        tuned += [{"settings": point, "fid": row["figures"]["fid"]} for point, row in
-                  zip(points, measure(points, arguments.tuning_images, TUNING_SEED), strict=True)]
-    chosen = [min((row for row in tuned if (row["settings"].order, row["settings"].num_inference_steps) == (order, n)),
-                  key=lambda row: row["fid"])["settings"] for order in arguments.orders for n in arguments.steps]
-    runs = [measure(chosen, arguments.images, number * 100_000) for number in range(arguments.seeds)]
-    rows = [{"settings": dataclasses.asdict(point), "nfe": measured[0]["nfe"],
-             "figures": spread([row["figures"] for row in measured]), "runs": [row["figures"] for row in measured]}
-            for point, *measured in zip(chosen, *runs, strict=True)]
+        for point, fake in zip(points, measure(points, arguments.tuning_images, TUNING_SEED), strict=True):
+            tuning.append((point, frechet_distance(real.statistics, fake.statistics, allow_few=True)))
+            print(f"{order}, {point.num_inference_steps} steps, temperature {point.temperature}, r_temp "
+                  f"{point.r_temp}: {tuning[-1][1]:.4g}", flush=True)
+    chosen = [min(((point, fid) for point, fid in tuning if (point.order, point.num_inference_steps) == (order, steps)),
+                  key=lambda entry: entry[1])[0] for order in arguments.orders for steps in arguments.steps]
+    rows: list[dict[str, Any]] = []
+    for point, fake in zip(chosen, measure(chosen, arguments.images * arguments.seeds, 0), strict=True):
+        ranges = [part(fake, extractor, slice(start, start + arguments.images))
+                  for start in range(0, len(fake.features), arguments.images)]
+        runs = [figures(known, alike, pictures, extractor, allow_few=True) for pictures in ranges]
+        rows.append({"settings": dataclasses.asdict(point), "nfe": evaluations(point),
+                     "fid_all": frechet_distance(real.statistics, fake.statistics, allow_few=True),
+                     "seconds_per_image": fake.seconds / len(fake.features), "figures": spread(runs), "runs": runs})
     result = {"model": pipe.name, "model_hash": pipe.model_hash, "extractor": extractor.name,
-              "reference": reference.name, "images": arguments.images, "seeds": arguments.seeds, "points": rows,
-              "tuning": [{"settings": dataclasses.asdict(row["settings"]), "fid": row["fid"]} for row in tuned]}
+              "reference": reference.name, "split": arguments.split, "images": arguments.images,
+              "seeds": arguments.seeds, "points": rows,
+              "tuning": [{"settings": dataclasses.asdict(point), "fid": fid} for point, fid in tuning]}
     (arguments.out / "orders.json").write_text(json.dumps(result, indent=1) + "\n")
     shown = {name: heading for name, heading in FIGURES.items() if name in rows[0]["figures"]}
     (arguments.out / "orders.md").write_text(table(
-        ["order", "steps", "temperature", "r_temp", *shown.values()],
+        ["order", "steps", "temperature", "r_temp", f"FID of {arguments.images * arguments.seeds}", *shown.values()],
         [[point.order, point.num_inference_steps, point.temperature,
-          point.r_temp if point.order == "confidence" else None,
+          point.r_temp if point.order == "confidence" else None, row["fid_all"],
           *(f"{row['figures'][name]:.4g} ± {row['figures'][name + '_std']:.2g}" for name in shown)]
          for point, row in zip(chosen, rows, strict=True)]))
     lines = {order: [(float(point.num_inference_steps), row["figures"]) for point, row in zip(chosen, rows, strict=True)

@@ -33,6 +33,7 @@ from unmask.models.presets import TRANSFORMERS, build
 from unmask.models.transformer import ClassTransformer, MaskedTransformer, TextTransformer
 from unmask.pipeline import EMBEDDED, Pipeline, load_model
 from unmask.sampling import Prepare, Settings, draw, generate, prepare_labels, prepare_text
+from unmask.tokenizers.vqgan import VQGAN
 
 
 class Dense:
@@ -69,13 +70,19 @@ class Unprepared:
 
 
 def load(name: str, dtype: torch.dtype) -> MaskedTransformer:
-    if name in EMBEDDED:
-        model = load_model(name, dtype)
-    else:
-        torch.manual_seed(0)
-        model = build(name, dtype=dtype).eval().requires_grad_(False)
+    model = load_model(name, dtype) if name in EMBEDDED else random_weights(name, dtype)
     assert isinstance(model, MaskedTransformer)
     return model
+
+
+def random_weights(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The network with weights of `dtype` from the start: never twice the memory."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        return build(name).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def conditions(model: MaskedTransformer, batch: int) -> Prepare:
@@ -131,10 +138,9 @@ def matmul_rate() -> float:
     return 2 * 2048**3 / statistics.median(seconds)
 
 
-def shares(name: str, settings: Settings, dtype: torch.dtype = torch.float32, warm: bool = True) -> dict[str, float]:
+def shares(name: str, model: MaskedTransformer, settings: Settings, warm: bool = True) -> dict[str, float]:
     """One picture's seconds, the shares of them in transformer blocks, head, draw and the rest of the loop, and
     decoding; and the floor, as a share too. warm: draw once before, unmeasured."""
-    model = load(name, dtype)
     times = {"transformer": 0.0, "head": 0.0}
 
     class Timed:
@@ -159,7 +165,9 @@ def shares(name: str, settings: Settings, dtype: torch.dtype = torch.float32, wa
     if name in EMBEDDED:
         tokenizer = Pipeline.from_pretrained(name).tokenizer
     else:
-        tokenizer = build("vq-ds16" if model.config.patch == 1 else "vq-ds8", dtype=dtype).eval()
+        network = random_weights("vq-ds16" if model.config.patch == 1 else "vq-ds8", model.head_bias.dtype)
+        assert isinstance(network, VQGAN)
+        tokenizer = network
         assert tokenizer.config.codebook_size == model.config.codebook_size
     prepare, grid = conditions(model, 1), model.config.grid
     operations = FlopCounterMode(display=False)  # counting costs small networks more time than they take themselves
@@ -181,13 +189,23 @@ def shares(name: str, settings: Settings, dtype: torch.dtype = torch.float32, wa
 
 
 def in_words(parts: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.0%}" for name, value in parts.items() if name not in ("seconds", "peak_mib"))
+    absolute = ("seconds", "weights_mib", "peak_mib")
+    return ", ".join(f"{name} {value:.0%}" for name, value in parts.items() if name not in absolute)
+
+
+def peak() -> float:
+    """This process's peak memory so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def one_picture(name: str, settings: Settings, dtype: torch.dtype) -> dict[str, float]:
-    """`shares` of the first picture this process draws, and the process's peak memory in MiB."""
-    parts = shares(name, settings, dtype, warm=False)
-    return {**parts, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    """`shares` of the first picture this process draws, and in MiB how much its peak memory grew by loading the
+    transformer and what it was in the end."""
+    before = peak()
+    model = load(name, dtype)
+    grown = peak() - before
+    parts = shares(name, model, settings, warm=False)
+    return {**parts, "weights_mib": grown, "peak_mib": peak()}
 
 
 def cost(name: str, settings: Settings, dtype: torch.dtype) -> dict[str, float]:
@@ -216,7 +234,8 @@ def main() -> None:
         for kind, dtype in kinds.items() if arguments.cost else ():
             parts = cost(name, settings, dtype)
             rows[kind] = parts
-            print(f"{name}, {kind}, one picture: {parts['seconds']:.1f} s, peak {parts['peak_mib']:.0f} MiB; "
+            print(f"{name}, {kind}, one picture: {parts['seconds']:.1f} s, weights {parts['weights_mib']:.0f} MiB, "
+                  f"peak {parts['peak_mib']:.0f} MiB; "
                   f"{in_words(parts)}", flush=True)
         if arguments.cost:
             report["models"][name] = rows  # type: ignore[index]
@@ -228,7 +247,7 @@ def main() -> None:
                                                                 for k, v in medians.items() if k != "positions-only"}}
             print(f"{name}, batch {batch}: {base / batch * 1000:.0f} ms an image; " + ", ".join(
                 f"{k} {v / base:.2f}x" for k, v in medians.items() if k != "positions-only"), flush=True)
-        parts = shares(name, settings)
+        parts = shares(name, load(name, torch.float32), settings)
         print(f"{name}, one picture {parts['seconds'] * 1000:.0f} ms: {in_words(parts)}", flush=True)
         report["models"][name] = {"batches": rows, "shares": parts}  # type: ignore[index]
     if arguments.out:

@@ -557,14 +557,14 @@ class Line(nn.Module):
 
 
 class LineTask:
-    """The least a task can be; its loss turns to NaN, or only its gradient, at step 5."""
+    """The least a task can be; its loss turns to NaN, or only its gradient, at step 5 where it is `bad`."""
 
-    def __init__(self, bad: str) -> None:
+    def __init__(self, bad: str = "") -> None:
         self.model, self.bad = Line(), bad
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         loss = self.model.slope.square().mean()
-        if step == 5:
+        if step == 5 and self.bad:
             loss = loss * math.nan if self.bad == "loss" else loss + (self.model.slope * 0).sqrt().sum()
         return loss, {}
 
@@ -596,9 +596,28 @@ def test_nan_stops_the_run(bad: str, tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+def rates(out: Path, steps: int, **changes: Any) -> list[float]:
+    run = RunConfig(steps=steps, learning_rate=1.0, warmup_steps=0, decay="trapezoid", checkpoint_every=1, log_every=1)
+    train(LineTask(), dataclasses.replace(run, **changes), out, quiet=True)
+    return metrics(out, "learning_rate")
+
+
+def test_a_trapezoid_grows_at_its_plateau_and_at_its_end(tmp_path: Path) -> None:
+    task = LineTask()
+    task.loss = lambda step, loss=task.loss: crash() if step == 7 else loss(step)  # type: ignore[method-assign,misc]
+    with pytest.raises(Stop):
+        train(task, RunConfig(steps=10, learning_rate=1.0, warmup_steps=0, decay="trapezoid", checkpoint_every=1,
+                              log_every=1), tmp_path, quiet=True)
+    assert rates(tmp_path, 15) == pytest.approx([1] * 13 + [2 / 3, 1 / 3])  # the steps done are those of 15
+    assert rates(tmp_path, 25) == pytest.approx([1] * 13 + [2 / 3, 1 / 3] + [1] * 6 + [0.8, 0.6, 0.4, 0.2])
+    for steps, changes in ((20, {}), (30, {"decay": "cosine"})):
+        with pytest.raises(UsageError, match="this command asks for"):
+            rates(tmp_path, steps, **changes)
+
+
 def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     """The exponential average by its formula, from the weights after each step."""
-    task, seen = LineTask("never"), []
+    task, seen = LineTask(), []
     run = RunConfig(steps=5, learning_rate=0.1, warmup_steps=0, decay="constant", ema=0.8, checkpoint_every=1)
 
     def sample(model: nn.Module, path: Path) -> dict[str, float]:

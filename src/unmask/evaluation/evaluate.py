@@ -193,7 +193,7 @@ def evaluations(settings: Settings) -> int:
 # Drawing and measuring
 
 
-def _drawn(pipe: Pipeline, settings: Settings, reference: Reference, count: int, seed: int, out: Path,
+def drawn(pipe: Pipeline, settings: Settings, reference: Reference, count: int, seed: int, out: Path,
            batch_size: int) -> PictureSet:
     """The model's pictures under `settings`; picture i takes seed + i. The first ones go to a sample grid."""
     config = pipe.transformer.config
@@ -297,7 +297,7 @@ def evaluate(pipe: Pipeline, extractor: Extractor, reference: Reference, points:
         "images": images, "seed": seed}
     _check_report(out / "result.json", report, points, force)
     out.mkdir(parents=True, exist_ok=True)
-    sets = [_drawn(pipe, point, reference, images, seed, out, batch_size) for point in points]
+    sets = [drawn(pipe, point, reference, images, seed, out, batch_size) for point in points]
     others = [reference.pictures] if reference.pictures is not None else []
     gather(others + sets, extractor, out, batch_size, progress)
     if processes()[0] != 0:

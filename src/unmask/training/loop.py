@@ -32,10 +32,10 @@ class RunConfig:
 
     learning_rate: peak, after `warmup_steps` of linear rise; `decay` is "cosine" (to zero at `steps`), "trapezoid"
     (constant, then linear to zero over the last fifth: a run that has not come there can still be made longer or
-    shorter) or "constant". optimizer: "adamw", or "muon" for the hidden matrices and AdamW for the rest at the same
-    learning rate; weight decay acts on matrices, not on gains and biases. clip: largest norm of the gradient, 0 is off.
-    ema: decay of the weight average, 0 is off. precision: "float32" or "bf16" (autocast). threads: 0 leaves PyTorch's
-    choice.
+    shorter, one that has ended longer, the rate rising to its peak and falling again) or "constant". optimizer:
+    "adamw", or "muon" for the hidden matrices and AdamW for the rest at the same learning rate; weight decay acts on
+    matrices, not on gains and biases. clip: largest norm of the gradient, 0 is off. ema: decay of the weight average,
+    0 is off. precision: "float32" or "bf16" (autocast). threads: 0 leaves PyTorch's choice.
     """
 
     steps: int = 10_000
@@ -230,11 +230,12 @@ class _Run:
         return True
 
     def _movable(self, settings: dict[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Whether the number of steps may still change: the steps done do not depend on it."""
-        done = int(metadata["step"])
-        ends = (int(settings["run"]["steps"]), self.config.steps)
-        return self.config.decay == "constant" or (
-            self.config.decay == "trapezoid" and done <= (1 - COOLDOWN) * min(ends))
+        """Whether the number of steps may still change: the steps done do not depend on it, or the trapezoid has ended
+        (after which a second one learns as well as a longer one would have: Wen et al., 2024)."""
+        done, end = int(metadata["step"]), int(settings["run"]["steps"])
+        if self.config.decay == "trapezoid":
+            return done <= (1 - COOLDOWN) * min(end, self.config.steps) or done == end < self.config.steps
+        return self.config.decay == "constant"
 
     def log(self, record: dict[str, Any]) -> None:
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
