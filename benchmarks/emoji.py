@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=96)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--steps", type=int, nargs="+", default=[16])
-    parser.add_argument("--orders", nargs="+", default=["halton", "confidence", "random", "raster"])
+    parser.add_argument("--orders", nargs="*", default=["halton", "confidence", "random", "raster"],
+                        help="without a name, only the ceiling and the baseline are measured")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.8])
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[2.0])
     parser.add_argument("--r-temp", type=float, default=Settings.r_temp)

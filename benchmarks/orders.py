@@ -91,8 +91,9 @@ def main() -> None:
         points = sweep(base, arguments.steps, [order], temperatures=arguments.temperatures, r_temps=noise)
         for point, fake in zip(points, measure(points, arguments.tuning_images, TUNING_SEED), strict=True):
             tuning.append((point, frechet_distance(real.statistics, fake.statistics, allow_few=True)))
-            print(f"{order}, {point.num_inference_steps} steps, temperature {point.temperature}, r_temp "
-                  f"{point.r_temp}: {tuning[-1][1]:.4g}", flush=True)
+            noise_used = f", r_temp {point.r_temp}" if order == "confidence" else ""
+            print(f"{order}, {point.num_inference_steps} steps, temperature {point.temperature}{noise_used}: "
+                  f"{tuning[-1][1]:.4g}", flush=True)
     chosen = [min(((point, fid) for point, fid in tuning if (point.order, point.num_inference_steps) == (order, steps)),
                   key=lambda entry: entry[1])[0] for order in arguments.orders for steps in arguments.steps]
     rows: list[dict[str, Any]] = []

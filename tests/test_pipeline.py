@@ -56,6 +56,20 @@ def test_the_same_seed_gives_the_same_picture(text: Pipeline, settings: dict) ->
     assert not torch.equal(text(PROMPTS[0], seed=6, **settings).tokens[0], together.tokens[0])
 
 
+def test_a_batch_at_once(tiny_pipeline_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `batch_invariant` the transformer sees the whole batch, twice for guidance, and draws the same up to
+    rounding."""
+    pipe = Pipeline.from_pretrained(tiny_pipeline_folder("class"))
+    rows, encode = [], pipe.transformer.encode
+    monkeypatch.setattr(pipe.transformer, "encode", lambda tokens, p: rows.append(len(tokens)) or encode(tokens, p))
+    drawn = []
+    for pipe.batch_invariant in (True, False):
+        drawn.append(pipe(class_labels=[0, 1, 0, 2], seed=3, output_type="tokens", guidance_scale=2.0).tokens)
+        assert set(rows) == ({2} if pipe.batch_invariant else {8})
+        rows.clear()
+    assert (drawn[0] == drawn[1]).float().mean() > 0.95
+
+
 def test_output_types(classes: Pipeline) -> None:
     def draw(kind: str):
         return classes(class_labels=[0, 1], seed=3, output_type=kind).images

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -201,13 +202,14 @@ def drawn(pipe: Pipeline, settings: Settings, reference: Reference, count: int, 
     identity = {"model": pipe.model_hash, "tokenizer": tensors_hash(pipe.tokenizer.state_dict()),
                 "text_encoder": pipe.config.get("text_encoder"), "settings": dataclasses.asdict(settings),
                 "conditions": fingerprint(list(reference.conditions)), "seed": seed,
-                "device": pipe.device.type if pipe.device.type == "cpu" else [pipe.device.type, batch_size]}
+                "device": pipe.device.type, "batch_size": batch_size}  # both decide how sums are rounded
     name = f"{settings.order}-{settings.num_inference_steps}"
+    pipe = copy.copy(pipe)
+    pipe.settings, pipe.batch_invariant = settings, False
     picture_grid = out / f"samples-{name}-{fingerprint(identity)}.png"
     size = min(GRID, CHUNK, count)
 
     def draw(numbers: range) -> Tensor:
-        pipe.settings = settings
         conditions = [reference.conditions[i % len(reference.conditions)] for i in numbers]
         request: dict[str, Any] = {key: conditions, "seed": [seed + i for i in numbers]}
         output = pipe(**request, output_type="pt")
@@ -274,10 +276,10 @@ def evaluate(pipe: Pipeline, extractor: Extractor, reference: Reference, points:
              progress: Callable[[int], object] = lambda n: None) -> dict[str, Any] | None:
     """Measures a pipeline under each of `points` and writes the report to the folder `out`.
 
-    images: pictures a point; picture i takes seed + i and the reference's condition i, whatever the batch size and the
-    number of processes. batch_size: pictures drawn at a time. allow_few: FID also from no more pictures than features.
-    force: replace the report of another evaluation. progress: called with every number of pictures done, of
-    images * len(points) plus the reference's.
+    images: pictures a point; picture i takes seed + i and the reference's condition i, whatever the number of
+    processes. batch_size: pictures drawn at a time; another rounds sums in another order, and is measured anew.
+    allow_few: FID also from no more pictures than features. force: replace the report of another evaluation.
+    progress: called with every number of pictures done, of images * len(points) plus the reference's.
 
     Features stay in `out`/features: an interrupted run goes on where it stopped, a longer one uses them. Under torchrun
     all processes draw, through `out`, which all must see; the first writes the report and returns it, the others

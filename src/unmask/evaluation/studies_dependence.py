@@ -223,19 +223,20 @@ def _plot(curves: dict[float, list[tuple[float, float, int]]], left: dict[str, l
     shades = colormaps["viridis"]
     for number, (share, rows) in enumerate(curves.items()):
         colour = shades(0.9 * number / max(1, len(curves) - 1))
-        above = [(d, i) for d, i, _ in rows if i > 0]  # of a logarithm
-        fall.plot([d for d, _ in above], [i for _, i in above], **line_style(number) | {"color": colour},
+        positive = [(d, i) for d, i, _ in rows if i > 0]  # of a logarithm
+        fall.plot(*zip(*positive, strict=True), **line_style(number) | {"color": colour},
                   label=f"{100 * share:.0f} % known")
-    fall.set_yscale("log")
     fall.set_title("Information shared by two masked tokens", fontsize=10)
     fall.set_xlabel("distance (tokens)", fontsize=9)
     fall.set_ylabel("nats", fontsize=9)
     for number, (order, values) in enumerate(left.items()):
-        loss.plot(range(1, len(values) + 1), values, **line_style(number), label=order)
+        positive = [(step, value) for step, value in enumerate(values, 1) if value > 0]
+        loss.plot(*zip(*positive, strict=True), **line_style(number), label=order)
     loss.set_title("Shared information ignored inside a step", fontsize=10)
     loss.set_xlabel("step", fontsize=9)
     loss.set_ylabel("nats, summed over pairs", fontsize=9)
     for panel in (fall, loss):
+        panel.set_yscale("log")
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
