@@ -1,11 +1,15 @@
-"""Which order of the tokens draws best? Every order under its own best temperature, at several numbers of steps.
+r"""Which order of the tokens draws best? Every order under its own best temperature, at several numbers of steps.
 
-    python benchmarks/orders.py emoji-class --reference datasets/emoji.tar.gz --split train --out runs/orders-emoji
-    python benchmarks/orders.py runs/fashion-class/model --reference runs/fashion.tar --out runs/orders-fashion
+    python benchmarks/orders.py emoji-class --reference datasets/emoji.tar.gz --split train \
+        --temperatures 0.45 0.6 0.8 --out runs/orders-emoji
+    python benchmarks/orders.py runs/fashion-class/model --reference runs/fashion.tar --split held-concept \
+        --temperatures 0.5 0.7 0.85 1 --out runs/orders-fashion
 
-First each order at each number of steps gets the temperature (and the confidence order the noise `r_temp`) that gives
-the lowest FID with pictures of other seeds; then it draws with that for `--seeds` disjoint ranges of seeds, each
-measured alone against all real pictures (FID) or as many of them (KID and the like), and all together (FID).
+First each order at each number of steps gets the temperature that gives the lowest FID with pictures of other seeds,
+and the confidence order before that, at the middle temperature, its noise `r_temp`. Then it draws with that for
+`--seeds` disjoint ranges of seeds, each measured alone against all real pictures (FID) or as many of them (KID and the
+like), and all together (FID).
+
 Writes orders.json, orders.md (mean and standard deviation over the ranges), orders.png and features, which are not
 computed twice: interrupted, the same command goes on, and several may share the work with different `--orders`.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -63,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--temperatures", nargs="+", default=["0.7", "0.85", "1"])
     parser.add_argument("--r-temps", type=float, nargs="+", default=[1.5, 4.5, 12.0])
-    parser.add_argument("--images", type=int, default=1000, help="of each range of seeds")
+    parser.add_argument("--images", type=int, default=500, help="of each range of seeds")
     parser.add_argument("--tuning-images", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, help="ranges of seeds")
     parser.add_argument("--threads", type=int)
@@ -85,17 +90,23 @@ def main() -> None:
     real = collect(reference.pictures, extractor, arguments.out)
     alike = part(real, extractor, slice(0, arguments.images))
     known = dataclasses.replace(reference, statistics=real.statistics)
-    tuning: list[tuple[Settings, float]] = []
-    for order in arguments.orders:
-        noise = arguments.r_temps if order == "confidence" else ()
-        points = sweep(base, arguments.steps, [order], temperatures=arguments.temperatures, r_temps=noise)
+    tuning: dict[Settings, float] = {}
+
+    def best(order: str, steps: int, temperatures: Sequence[str], noises: Sequence[float]) -> Settings:
+        points = sweep(base, [steps], [order], temperatures=temperatures, r_temps=noises)
         for point, fake in zip(points, measure(points, arguments.tuning_images, TUNING_SEED), strict=True):
-            tuning.append((point, frechet_distance(real.statistics, fake.statistics, allow_few=True)))
-            noise_used = f", r_temp {point.r_temp}" if order == "confidence" else ""
-            print(f"{order}, {point.num_inference_steps} steps, temperature {point.temperature}{noise_used}: "
-                  f"{tuning[-1][1]:.4g}", flush=True)
-    chosen = [min(((point, fid) for point, fid in tuning if (point.order, point.num_inference_steps) == (order, steps)),
-                  key=lambda entry: entry[1])[0] for order in arguments.orders for steps in arguments.steps]
+            tuning[point] = frechet_distance(real.statistics, fake.statistics, allow_few=True)
+            print(f"{order}, {steps} steps, temperature {point.temperature}, r_temp {point.r_temp}: "
+                  f"{tuning[point]:.4g}", flush=True)
+        return min(points, key=lambda point: tuning[point])
+
+    chosen = []
+    for order, steps in itertools.product(arguments.orders, arguments.steps):
+        noise = base.r_temp
+        if order == "confidence":
+            middle = arguments.temperatures[len(arguments.temperatures) // 2]
+            noise = best(order, steps, [middle], arguments.r_temps).r_temp
+        chosen.append(best(order, steps, arguments.temperatures, [noise]))
     rows: list[dict[str, Any]] = []
     for point, fake in zip(chosen, measure(chosen, arguments.images * arguments.seeds, 0), strict=True):
         ranges = [part(fake, extractor, slice(start, start + arguments.images))
@@ -107,7 +118,8 @@ def main() -> None:
     result = {"model": pipe.name, "model_hash": pipe.model_hash, "extractor": extractor.name,
               "reference": reference.name, "split": arguments.split, "images": arguments.images,
               "seeds": arguments.seeds, "points": rows,
-              "tuning": [{"settings": dataclasses.asdict(point), "fid": fid} for point, fid in tuning]}
+              "tuning": [{"settings": dataclasses.asdict(point), "fid": fid}
+                         for point, fid in tuning.items()]}
     (arguments.out / "orders.json").write_text(json.dumps(result, indent=1) + "\n")
     shown = {name: heading for name, heading in FIGURES.items() if name in rows[0]["figures"]}
     (arguments.out / "orders.md").write_text(table(
