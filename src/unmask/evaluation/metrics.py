@@ -76,6 +76,7 @@ class Statistics:
         self.count: int | None = 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._root: Tensor | None = None
 
     @classmethod
     def of(cls, extractor: Extractor) -> Statistics:
@@ -96,6 +97,13 @@ class Statistics:
             raise ValueError(f"a covariance needs at least 2 pictures, have {self.count}")
         return self.scatter / (self.count - 1)
 
+    @property
+    def covariance_root(self) -> Tensor:
+        """float64 (D,r), R with R R^T = covariance; kept until more is added, for many distances to one reference."""
+        if self._root is None:
+            self._root = _root(self.covariance)
+        return self._root
+
     def update(self, features: Tensor) -> None:
         """Add features (B,D) of any dtype and device. Raises ValueError for a wrong shape or NaN."""
         batch = _checked(features, dim=self.dim).cpu()
@@ -115,6 +123,7 @@ class Statistics:
         # Chan, Golub & LeVeque, 1979: sums about the mean, which do not cancel as raw sums do.
         if self.count is None:
             raise ValueError("statistics that do not say their number of pictures cannot be added to")
+        self._root = None
         total = self.count + count
         delta = mean - self.mean
         self.scatter += scatter
@@ -277,9 +286,8 @@ def frechet_distance(a: Statistics, b: Statistics, allow_few: bool = False) -> f
             raise ValueError(
                 f"FID with {a.dim} features ({a.extractor}) needs at least {a.dim + 1} pictures, have {have}"
             )
-    first, second = a.covariance, b.covariance
-    overlap = torch.linalg.svdvals(_root(first).T @ _root(second)).sum()
-    distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * overlap
+    overlap = torch.linalg.svdvals(a.covariance_root.T @ b.covariance_root).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return max(distance.item(), 0.0)
 
 
@@ -315,7 +323,7 @@ def kernel_distance(
         )
     generator = torch.Generator().manual_seed(seed)
     values = []
-    for _ in range(subsets):
+    for _ in range(1 if n == len(real) == len(fake) else subsets):  # all pictures are in every such subset
         x = real[torch.randperm(len(real), generator=generator)[:n].to(real.device)]
         y = fake[torch.randperm(len(fake), generator=generator)[:n].to(fake.device)]
         cross = _cubic(x, y).mean()
