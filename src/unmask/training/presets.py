@@ -84,14 +84,14 @@ def emoji() -> Recipe:
 
 
 def emoji_class() -> Recipe:
-    """The embedded class model: 98 subgroups."""
+    """The embedded class model: 98 subgroups. Order and temperature are those of docs/orders.md."""
     model = TransformerConfig("class", (8, 8), 4096, width=192, depth=5, heads=4, mlp=swiglu_hidden(192), patch=2,
                               registers=1, classes=98)
     run = RunConfig(steps=2_200, batch_size=64, learning_rate=4e-3, warmup_steps=100, decay="trapezoid",
                     optimizer="muon", betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250,
                     sample_every=1000)
-    return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=2.0, temperature=0.7),
-                  label_field="subgroup", codebook_start=True)
+    sampler = Settings(num_inference_steps=16, order="confidence", guidance_scale=2.0, temperature=0.6, r_temp=1.5)
+    return Recipe(model, MaskObjective(), run, sampler, label_field="subgroup", codebook_start=True)
 
 
 def paper_class() -> Recipe:
