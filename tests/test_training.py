@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unmask.checkpoints import read_json, read_tensors
+from unmask.checkpoints import read_config, read_json, read_tensors
 from unmask.data.tokens import TokenDataset, write_tokens
 from unmask.errors import UnknownName, UsageError
 from unmask.models.transformer import TransformerConfig
@@ -22,7 +22,7 @@ from unmask.pipeline import Pipeline, load_tokenizer
 from unmask.sampling import Settings
 from unmask.schedules import mask_ratio
 from unmask.tokenizers.vqgan import VQGAN, VQConfig
-from unmask.training.commands import choose_recipe
+from unmask.training.commands import choose_recipe, run_train
 from unmask.training.loop import RunConfig, batch_indices, learning_rate, step_generator, train
 from unmask.training.muon import Muon, muon_parameters, orthogonalise
 from unmask.training.objective import MaskObjective, draw_mask, masked_loss
@@ -72,17 +72,18 @@ def shapes(n: int, size: int = 16) -> Tensor:
     return pictures
 
 
-def token_folder(folder: Path, grid: tuple[int, int], codes: int, n: int = 48) -> TokenDataset:
+def token_folder(folder: Path, grid: tuple[int, int], codes: int, n: int = 48, tokenizer: Path | None = None,
+                 names: Sequence[str] = ("ant", "bee", "cat")) -> TokenDataset:
     """Three classes of pictures: each has one picture of its own, of which a tenth of the tokens is noise."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randint(codes, (3, 1, *grid), generator=generator).repeat(n // 3, 1, 1, 1)
     noise = torch.randint(codes, kinds.shape, generator=generator)
     tokens = torch.where(torch.rand(kinds.shape, generator=generator) < 0.1, noise, kinds)
-    names = ["ant", "bee", "cat"]
     records = [{"key": str(i), "caption": f"{names[i % 3]} number {i % 5}", "tags": ["animal"], "style": "noto",
                 "subgroup": names[i % 3], "label": i % 3, "split": "held-pair" if i % 8 == 7 else "train"}
                for i in range(n)]
-    write_tokens(folder, [(tokens, records)], grid, codes, {"source": "test"})
+    made_with = {"tokenizer_sha256": read_config(tokenizer)["sha256"]["tokenizer.safetensors"]} if tokenizer else {}
+    write_tokens(folder, [(tokens, records)], grid, codes, {"source": "test", **made_with})
     return TokenDataset(folder)
 
 
@@ -430,6 +431,32 @@ def test_training_may_start_from_a_tokenizer(tmp_path: Path) -> None:
     expected = psnr(first.decode(first.encode(x)), x).mean()
     assert task.loss(0)[1]["psnr"] == pytest.approx(float(expected), abs=1e-3)
     assert (task.model.quantize.codebook * first.quantize.codebook).sum(1).min() > 0.9
+
+
+def test_training_may_start_from_a_model(tmp_path: Path) -> None:
+    """Its first loss is that model's own; what does not fit it is refused in a line."""
+    recipe = small(RECIPES["emoji-class"](), steps=30, batch_size=16, learning_rate=4e-3, warmup_steps=5, ema=0.9,
+                   log_every=1, checkpoint_every=1000)
+    first = train(transformer_task(tmp_path / "tokens", recipe), recipe.run, tmp_path / "first", quiet=True)
+    tokenizer = first / "tokenizer"
+    token_folder(tmp_path / "data", (4, 4), 32, tokenizer=tokenizer)
+    again = dataclasses.replace(recipe, transformer=dataclasses.replace(recipe.transformer, width=96),
+                                run=dataclasses.replace(recipe.run, steps=1, seed=1))
+    second = run_train(tmp_path / "data", tokenizer, tmp_path / "second", again, quiet=True, start=str(first))
+    model = Pipeline.from_pretrained(first).transformer
+    assert Pipeline.from_pretrained(second).transformer.config == model.config
+    task = transformer_task(tmp_path / "same", dataclasses.replace(recipe, run=again.run))
+    task.model = model
+    assert metrics(tmp_path / "second")[0] == pytest.approx(float(task.loss(0)[0].detach()), abs=1e-5)
+    with pytest.raises(UsageError, match="start = "):  # a run does not go on from another beginning
+        run_train(tmp_path / "data", tokenizer, tmp_path / "second", again, quiet=True, start=str(second))
+    with pytest.raises(UsageError, match="is a class model, the recipe is for a text model"):
+        run_train(tmp_path / "data", tokenizer, tmp_path / "third", small(RECIPES["emoji"]()), quiet=True,
+                  start=str(first))
+    token_folder(tmp_path / "other", (4, 4), 32, tokenizer=tokenizer, names=["ant", "bee", "dog"])
+    with pytest.raises(UsageError, match="its classes are not those of"):
+        run_train(tmp_path / "other", tokenizer, tmp_path / "third", recipe, quiet=True, start=str(first))
+    assert not (tmp_path / "third").exists()
 
 
 # --- resuming -----------------------------------------------------------------------------------------

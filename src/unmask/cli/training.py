@@ -133,6 +133,7 @@ def train(
     out: Path,
     preset: Annotated[str, arg(metavar="NAME")] = "emoji",
     recipe: File = None,
+    start: Annotated[str | None, arg(metavar="MODEL")] = None,
     run: RunOptions = RunOptions(),
     quiet: Flag = False,
 ) -> None:
@@ -145,6 +146,7 @@ def train(
         preset: The recipe: emoji, emoji-class, paper-class, paper-text.
         recipe: A JSON file with what differs from the preset: {"label_field": "class", "transformer": {"width": 128}}.
             A run leaves its whole recipe in its folder as recipe.json.
+        start: A model whose weights training begins with: a folder, or a name that `unmask models` lists.
         quiet: No progress bar.
     """
     from ..training.commands import choose_recipe, run_train
@@ -152,4 +154,4 @@ def train(
 
     with usage():
         chosen = choose_recipe(RECIPES, preset, recipe, {"run": dataclasses.asdict(run)})
-    print(run_train(data, tokenizer, out, chosen, quiet))
+    print(run_train(data, tokenizer, out, chosen, quiet, start))

@@ -16,7 +16,7 @@ from ..checkpoints import field, from_json, read_config, read_json, write_json
 from ..data.images import ImageSource, load_rgba, open_images
 from ..data.tokens import TokenDataset, write_tokens
 from ..errors import UsageError, unknown_name
-from ..pipeline import load_tokenizer
+from ..pipeline import Pipeline, load_tokenizer
 from ..text import load_text_encoder
 from .loop import train
 from .presets import Recipe, TokenizerRecipe
@@ -125,19 +125,31 @@ def _conditioning(recipe: Recipe, data: TokenDataset) -> Conditioning:
     return Conditioning(text_encoder=load_text_encoder(recipe.text_encoder), text_encoder_name=recipe.text_encoder)
 
 
-def run_train(data: Path, tokenizer: Path, out: Path, recipe: Recipe, quiet: bool) -> Path:
-    """Trains a transformer by a recipe; returns the pipeline folder."""
+def run_train(data: Path, tokenizer: Path, out: Path, recipe: Recipe, quiet: bool, start: str | None = None) -> Path:
+    """Trains a transformer by a recipe, from the weights of the pipeline `start` (a folder or a name) where it is
+    given, whose shape, text encoder and classes then replace the recipe's; returns the pipeline folder."""
     tokens = TokenDataset(data)
+    begin = Pipeline.from_pretrained(start, dtype=torch.float32) if start else None
+    if begin:
+        shape = begin.transformer.config
+        if shape.condition != recipe.transformer.condition:
+            raise UsageError(f"{start} is a {shape.condition} model, the recipe is for a "
+                             f"{recipe.transformer.condition} model: give another --start or --preset")
+        recipe = dataclasses.replace(recipe, transformer=shape, text_encoder=begin.config.get("text_encoder"),
+                                     codebook_start=False)
     network = load_tokenizer(tokenizer)
     if tokens.manifest.tokenizer_sha256 != read_config(tokenizer)["sha256"]["tokenizer.safetensors"]:
         raise UsageError(f"{data}: these tokens were made with another tokenizer than {tokenizer}")
     tokens.verify()
     condition = _conditioning(recipe, tokens)
+    if begin and list(condition.class_names) != (begin.class_names or []):
+        raise UsageError(f"{data}: its classes are not those of {start}: train without --start")
     model = dataclasses.replace(recipe.transformer, grid=tokens.grid, codebook_size=tokens.codebook_size,
                                 classes=len(condition.class_names))
     steps = min(recipe.sampler.num_inference_steps, model.tokens)
     sampler = dataclasses.replace(recipe.sampler, num_inference_steps=steps)
-    task = TransformerTask(model, recipe.objective, recipe.run, tokens, condition, network, sampler)
+    task = TransformerTask(model, recipe.objective, recipe.run, tokens, condition, network, sampler,
+                           start=begin.transformer if begin else None)
     if recipe.codebook_start:
         task.start_from_codebook()
     return _run(task, recipe, out, quiet)

@@ -45,12 +45,12 @@ class TransformerTask:
     are only measured.
 
     tokenizer and sampler serve the sample grids and the model folder, which becomes a whole pipeline; `sampler` holds
-    its default settings.
+    its default settings. start: a model of the same configuration whose weights training begins with.
     """
 
     def __init__(self, config: TransformerConfig, objective: MaskObjective, run: RunConfig, data: TokenDataset,
                  condition: Conditioning, tokenizer: VQGAN, sampler: Settings, tokenizer_ref: str | None = None,
-                 card: dict[str, Any] | None = None) -> None:
+                 card: dict[str, Any] | None = None, start: MaskedTransformer | None = None) -> None:
         if tuple(data.grid) != config.grid or data.codebook_size != config.codebook_size:
             raise ValueError(f"{data.folder}: tokens of a {data.grid[0]}x{data.grid[1]} grid and {data.codebook_size} "
                              f"codes do not fit a model of {config.grid[0]}x{config.grid[1]} and "
@@ -59,6 +59,9 @@ class TransformerTask:
         torch.manual_seed(run.seed)
         self.model: MaskedTransformer = build_transformer(config)
         torch.random.set_rng_state(state)
+        self.start_sha256 = None if start is None else tensors_sha256(start.state_dict())
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
         self.objective, self.run, self.data, self.condition = objective, run, data, condition
         self.tokenizer, self.tokenizer_ref, self.sampler, self.card = tokenizer, tokenizer_ref, sampler, card or {}
         self.index = data.select(split="train")
@@ -155,5 +158,5 @@ class TransformerTask:
         labels = self.condition.labels
         return {"transformer": dataclasses.asdict(self.model.config), "objective": dataclasses.asdict(self.objective),
                 "pictures": len(self.index), "shards": [shard.sha256 for shard in self.data.manifest.shards],
-                "text_encoder": self.condition.text_encoder_name,
+                "text_encoder": self.condition.text_encoder_name, "start": self.start_sha256,
                 "labels": None if labels is None else tensors_sha256({"labels": labels})}
