@@ -37,18 +37,19 @@ from unmask.tokenizers.vqgan import VQGAN
 
 
 class Dense:
-    """The same model with logits of all positions at every step, as the public code computes them; the sampler
-    takes those it needs from them."""
+    """The same model with logits of all positions at every step and a draw from all of them, as in the public code;
+    the sampler takes those it needs from them."""
 
-    def __init__(self, model: MaskedTransformer) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: MaskedTransformer, batch: int) -> None:
+        self.model, self.config, self.batch = model, model.config, batch
 
     def encode(self, tokens: torch.Tensor, prepared: object) -> torch.Tensor:
         return self.model.encode(tokens, prepared)  # type: ignore[arg-type]
 
     def logits(self, hidden: torch.Tensor, prepared: object, positions: torch.Tensor | None = None) -> torch.Tensor:
         dense = self.model.logits(hidden, prepared)  # type: ignore[arg-type]
-        draw(dense, torch.rand(dense.shape[:2]), 1.0)
+        guided = dense[: self.batch]  # the mix with the unconditional rows is left out: a pass over the logits
+        draw(guided, torch.rand(guided.shape[:2]), 1.0)
         assert positions is not None
         return dense.gather(1, positions[..., None].expand(-1, -1, dense.shape[-1]))
 
@@ -103,7 +104,7 @@ def variants(name: str, batch: int, settings: Settings, with_bf16: bool) -> dict
     unprepared.batch = batch
     timed: dict[str, Callable[[], object]] = {
         "positions-only": lambda: generate(model, conditions(model, batch), seeds, settings),
-        "dense": lambda: generate(Dense(model), conditions(model, batch), seeds, settings),
+        "dense": lambda: generate(Dense(model, batch), conditions(model, batch), seeds, settings),
         "not prepared": lambda: generate(unprepared, conditions(model, batch), seeds, settings),
     }
     if batch > 1:

@@ -52,7 +52,7 @@ def curve(schedule: str | float, t: float) -> float:
     return named[schedule]() if schedule in named else math.pow(t, float(schedule))
 
 
-# --- transformers, dense: FACTS of the public layout
+# --- transformers, dense, in the public layout
 
 
 def _rms(x: Tensor) -> Tensor:

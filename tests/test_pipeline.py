@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from unmask.errors import UnknownName, UsageError
 from unmask.models.transformer import MaskedTransformer
 from unmask.pipeline import EMBEDDED, embedded_folder, load_model, resolve
 from unmask.sampling import Ramp, Settings, Step
+from unmask.text import TextEncoder
 from unmask.tokenizers.vqgan import VQGAN
 
 Folder = Callable[[str], Path]
@@ -68,6 +69,39 @@ def test_a_batch_at_once(tiny_pipeline_folder: Folder, monkeypatch: pytest.Monke
         assert set(rows) == ({2} if pipe.batch_invariant else {8})
         rows.clear()
     assert (drawn[0] == drawn[1]).float().mean() > 0.95
+
+
+def test_prompts_are_encoded_alone_too(tiny_pipeline_folder: Folder) -> None:
+    """A text encoder whose vectors depend on what is encoded beside them, as a network's do by a rounding, moves no
+    picture; with `batch_invariant` off every wording is encoded once, all together."""
+    pipe = Pipeline.from_pretrained(tiny_pipeline_folder("text"))
+
+    class Moody:
+        def __init__(self, inner: TextEncoder) -> None:
+            self.inner, self.asked = inner, []
+
+        dim = property(lambda self: self.inner.dim)
+        max_length = property(lambda self: self.inner.max_length)
+
+        def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+            self.asked.append(list(prompts))
+            return self.inner.encode(prompts) * len(prompts)
+
+        def null_text(self) -> torch.Tensor:
+            return self.inner.null_text()
+
+    assert pipe.text_encoder is not None
+    pipe.text_encoder = moody = Moody(pipe.text_encoder)
+    settings = {"negative_prompt": ["blue", "", "blue"], "guidance_scale": 3.0, "num_inference_steps": 4}
+    together = pipe(PROMPTS, seed=[5, 6, 7], **settings).tokens
+    for i in range(3):
+        alone = pipe(PROMPTS[i], seed=5 + i, **{**settings, "negative_prompt": settings["negative_prompt"][i]}).tokens
+        assert torch.equal(alone[0], together[i])
+    assert not torch.equal(pipe(PROMPTS[0], seed=5, **{**settings, "negative_prompt": ""}).tokens[0], together[0])
+    pipe.batch_invariant = False
+    moody.asked.clear()
+    pipe(["red apple", "a dog"], num_images_per_prompt=2, seed=1, num_inference_steps=1)
+    assert moody.asked == [["red apple", "a dog"]]
 
 
 def test_output_types(classes: Pipeline) -> None:

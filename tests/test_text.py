@@ -321,6 +321,12 @@ def test_word_lists(tmp_path) -> None:
     expected = ["apple", "fruit", "hat", "red", "woman"]
     assert distillation.emojibase_words(data) == expected
     assert distillation.emojibase_words(tmp_path / "emojibase.tgz") == expected
+    (tmp_path / "picture.tgz").write_bytes(b"no archive")
+    with tarfile.open(tmp_path / "other.tgz", "w:gz"):
+        pass
+    for name in ("picture.tgz", "other.tgz"):
+        with pytest.raises(ValueError, match=f"{name}: not the npm archive of emojibase-data"):
+            distillation.emojibase_words(tmp_path / name)
     (tmp_path / "english-words.10").write_text("dog\ndog's\nox\nant\n", encoding="utf-8")
     (tmp_path / "english-words.20").write_text("ant\ncafé\n", encoding="utf-8")
     assert distillation.scowl_words(tmp_path, sizes=(10, 20)) == ["ant", "cafe", "dog"]

@@ -32,6 +32,8 @@ from unmask.training.transformer import Conditioning, TransformerTask
 
 GOLDEN = {
     "tokenizer": [3.303571, 2.574473, 2.90228, 2.349278, 1.911769, 1.481881, 1.122705, 1.487512, 1.264503, 1.111614],
+    "emoji-decoder": [3.301826, 2.194546, 2.891697, 2.337892, 1.599186, 1.567215, 1.364077, 1.306201, 1.403464,
+                      1.048276],
     "emoji": [8.377855, 8.156262, 7.577633, 6.64059, 5.766904, 5.78395, 4.829759, 4.56122, 4.251191, 3.937068],
     "emoji-class": [8.379708, 8.10108, 7.768649, 7.253284, 6.689511, 6.497087, 5.572237, 4.772345, 4.398761, 4.059675],
     "paper-class": [6.258701, 6.24429, 6.243916, 6.247068, 6.219768, 6.226645, 6.196949, 6.194522, 6.204506, 6.180624],
@@ -110,9 +112,9 @@ def transformer_task(folder: Path, recipe: Recipe) -> TransformerTask:
     return task
 
 
-def tokenizer_task(recipe: TokenizerRecipe, n: int = 40) -> TokenizerTask:
+def tokenizer_task(recipe: TokenizerRecipe, n: int = 40, start: VQGAN | None = None) -> TokenizerTask:
     pictures = shapes(n, recipe.image_size)
-    return TokenizerTask(recipe.tokenizer, recipe.objective, recipe.run, pictures[4:], pictures[:4])
+    return TokenizerTask(recipe.tokenizer, recipe.objective, recipe.run, pictures[4:], pictures[:4], start=start)
 
 
 def small(recipe: Recipe, **run: Any) -> Recipe:
@@ -308,11 +310,16 @@ def golden_task(name: str, folder: Path) -> tuple[TokenizerTask | TransformerTas
     """Ten steps of a preset: its own optimiser and objective on a few pictures; the paper's networks narrowed."""
     brief = {"steps": 10, "batch_size": 4, "warmup_steps": 3, "log_every": 1, "checkpoint_every": 10,
              "sample_every": 10, "threads": 1}
-    if name == "tokenizer":
-        recipe = TOKENIZER_RECIPES["emoji"]()
+    if name in ("tokenizer", "emoji-decoder"):
+        recipe = TOKENIZER_RECIPES["emoji" if name == "tokenizer" else name]()
         objective = dataclasses.replace(recipe.objective, perceptual=0, unquantised_steps=5)
         recipe = dataclasses.replace(recipe, objective=objective, run=dataclasses.replace(recipe.run, **brief))
-        return tokenizer_task(recipe, 12), recipe.run
+        start = None
+        if recipe.objective.decoder_only:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                start = VQGAN(recipe.tokenizer)
+        return tokenizer_task(recipe, 12, start), recipe.run
     recipe = RECIPES[name]()
     if name.startswith("paper"):
         shape = dataclasses.replace(recipe.transformer, grid=(8, 8), codebook_size=512, width=96, depth=3, heads=4,
@@ -332,7 +339,7 @@ def ten_losses(name: str, folder: Path) -> list[float]:
     return metrics(folder / "run")
 
 
-@pytest.mark.parametrize("name", ["tokenizer", *RECIPES])
+@pytest.mark.parametrize("name", GOLDEN)
 def test_ten_steps_are_golden(name: str, tmp_path: Path) -> None:
     assert ten_losses(name, tmp_path) == pytest.approx(GOLDEN[name], rel=1e-3)
 
@@ -456,6 +463,24 @@ def test_training_may_start_from_a_model(tmp_path: Path) -> None:
     token_folder(tmp_path / "other", (4, 4), 32, tokenizer=tokenizer, names=["ant", "bee", "dog"])
     with pytest.raises(UsageError, match="its classes are not those of"):
         run_train(tmp_path / "other", tokenizer, tmp_path / "third", recipe, quiet=True, start=str(first))
+    token_folder(tmp_path / "wide", (4, 8), 32, tokenizer=tokenizer)
+    with pytest.raises(UsageError, match=r"4x8 tokens a picture, and .* draws 4x4"):
+        run_train(tmp_path / "wide", tokenizer, tmp_path / "third", recipe, quiet=True, start=str(first))
+    foreign = Pipeline.from_pretrained(first)
+    foreign.tokenizer.quantize.embedding.weight.mul_(-1)
+    foreign.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(UsageError, match="reads the tokens of another tokenizer"):
+        run_train(tmp_path / "data", tokenizer, tmp_path / "third", recipe, quiet=True, start=str(tmp_path / "foreign"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.json").write_text('{"label_field": "subgroup"}')
+    with pytest.raises(UsageError, match=r"recipe\.json exists and is another recipe"):
+        run_train(tmp_path / "data", tokenizer, tmp_path / "mine", recipe, quiet=True)
+    assert (tmp_path / "mine" / "recipe.json").read_text() == '{"label_field": "subgroup"}'
+    (tmp_path / "mine" / "recipe.json").rename(tmp_path / "mine" / "model")
+    with pytest.raises(UsageError, match="model exists, of no run that could go on"):
+        run_train(tmp_path / "data", tokenizer, tmp_path / "mine", recipe, quiet=True)
+    with pytest.raises(UsageError, match="is a file: --out is a folder"):
+        run_train(tmp_path / "data", tokenizer, tmp_path / "mine" / "model", recipe, quiet=True)
     assert not (tmp_path / "third").exists()
 
 
@@ -562,6 +587,10 @@ def test_a_damaged_state_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"state\.safetensors: damaged: delete it to begin anew"):
         train(make(), run, tmp_path / "run", quiet=True)
+    path.unlink()
+    train(make(), run, tmp_path / "run", quiet=True)
+    train(make(), run, tmp_path / "whole", quiet=True)
+    assert metrics(tmp_path / "run", "step") == metrics(tmp_path / "whole", "step")  # nothing of the lost run is left
 
 
 def test_what_a_killed_run_leaves_is_cleared(tmp_path: Path) -> None:
@@ -572,6 +601,9 @@ def test_what_a_killed_run_leaves_is_cleared(tmp_path: Path) -> None:
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed while it wrote
     (out / ".state.safetensors.123.tmp").write_bytes(b"half")
+    (out / ".samples-0000007.png.123.tmp").write_bytes(b"half")
+    (out / ".model.123.old").mkdir()
+    (out / ".model.123.old" / "config.json").write_text("{}")
     train(make(), run, out, quiet=True)
     assert metrics(out, "step") == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 12]  # steps 7 and 12 drew samples too
     assert not list(out.glob(".*"))
@@ -680,6 +712,6 @@ def test_training_touches_no_global_generator(tmp_path: Path, global_random_stat
 if __name__ == "__main__":
     import tempfile
 
-    for preset in ("tokenizer", *RECIPES):
+    for preset in GOLDEN:
         with tempfile.TemporaryDirectory() as temporary:
             print(f'    "{preset}": {[round(x, 6) for x in ten_losses(preset, Path(temporary))]},', flush=True)

@@ -250,8 +250,8 @@ class Pipeline:
         seeds = [operator.index(s) for s in seed]
         if len(seeds) != len(repeated):
             raise ValueError(f"{len(seeds)} seeds for {len(repeated)} images: give one each, or one number")
-        if not all(0 <= s < 2**63 for s in seeds):
-            raise ValueError(f"a seed must lie in 0 ... 2**63 - 1, got {seed}")
+        if wrong := [s for s in seeds if not 0 <= s < 2**63]:
+            raise ValueError(f"a seed must lie in 0 ... 2**63 - 1, got {wrong[0]}")
         if condition == "class":
             return _Request(None, None, [self.label(item) for item in repeated], seeds)
         negatives = None
@@ -270,12 +270,23 @@ class Pipeline:
         assert request.prompts is not None
         if self.text_encoder is None:
             raise ValueError(f"{self.name}: this text model names no text encoder in its config.json")
-        encoder = self.text_encoder
-        text = encoder.encode(request.prompts).to(self.device)
-        if request.negatives is None:
-            return sampling.prepare_text(self.transformer, text)
-        negative = torch.cat([encoder.encode([n]) if n else encoder.null_text().to(text) for n in request.negatives])
-        return sampling.prepare_text(self.transformer, text, negative.to(self.device))
+        text = self._encode(self.text_encoder, request.prompts)
+        negative = None if request.negatives is None else self._encode(self.text_encoder, request.negatives, empty=True)
+        return sampling.prepare_text(self.transformer, text, negative)
+
+    def _encode(self, encoder: TextEncoder, prompts: list[str], empty: bool = False) -> Tensor:
+        """Vectors (B, T, D) of the prompts, every wording encoded once, and alone where no picture may depend on its
+        companions. empty: "" is no condition."""
+        wordings = [p for p in dict.fromkeys(prompts) if p or not empty]
+        batches = [[p] for p in wordings] if self._alone else [wordings] if wordings else []
+        found = dict(zip(wordings, torch.cat([encoder.encode(b) for b in batches]), strict=True)) if batches else {}
+        null = encoder.null_text()[0]
+        return torch.stack([found.get(p, null).to(self.device) for p in prompts])
+
+    @property
+    def _alone(self) -> bool:
+        """Whether every picture is computed by itself."""
+        return self.batch_invariant and self.device.type == "cpu"
 
     def _start(self, arguments: dict[str, Any]) -> tuple[_Request, Settings, Iterator[Step]]:
         known, previews = arguments.pop("known_tokens", None), arguments.pop("previews", False)
@@ -291,7 +302,7 @@ class Pipeline:
                              f"{self.transformer.config.tokens} tokens of a picture")
         steps = sampling.stream(self.transformer, self._prepare(request), request.seeds, settings, known=known,
                                 previews=previews, device=self.device,
-                                chunk=1 if self.batch_invariant and self.device.type == "cpu" else None)
+                                chunk=1 if self._alone else None)
         return request, settings, steps
 
     def stream(self, **arguments: Any) -> Iterator[Step]:

@@ -27,13 +27,19 @@ Flag = Annotated[bool, arg(help_behavior_hint="")]
 Json = Annotated[bool, arg(name="json", help_behavior_hint="")]
 
 
+OPTIONS = {"num_images_per_prompt": "--num-images", "num_inference_steps": "--steps", "class_labels": "--labels",
+           **{name: f"--{name.replace('_', '-')}" for name in
+              ("negative_prompt", "guidance_scale", "top_k", "top_p", "r_temp", "stop_after")}}
+"""What the arguments of a pipeline are called on the command line."""
+
+
 @contextlib.contextmanager
 def usage() -> Iterator[None]:
-    """Turns the ValueErrors of argument checks into usage errors."""
+    """Turns the ValueErrors of argument checks into usage errors that speak of options."""
     try:
         yield
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(re.sub(r"\b\w+_\w+\b", lambda m: OPTIONS.get(m[0], m[0]), str(error))) from None
 
 
 def check_file(path: Path, suffixes: tuple[str, ...], force: bool) -> None:

@@ -133,7 +133,7 @@ def train(
     out: Path,
     preset: Annotated[str, arg(metavar="NAME")] = "emoji",
     recipe: File = None,
-    start: Annotated[str | None, arg(metavar="MODEL")] = None,
+    start: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None,
     run: RunOptions = RunOptions(),
     quiet: Flag = False,
 ) -> None:

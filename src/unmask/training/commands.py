@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..data.tokens import TokenDataset, write_tokens
 from ..errors import UsageError, unknown_name
 from ..pipeline import Pipeline, load_tokenizer
 from ..text import load_text_encoder
+from ..tokenizers.vqgan import VQGAN
 from .loop import train
 from .presets import Recipe, TokenizerRecipe
 from .tokenizer import TokenizerTask, on_background
@@ -57,9 +59,17 @@ def splits(source: ImageSource) -> list[str]:
 
 def _run(task: TokenizerTask | TransformerTask, recipe: Recipe | TokenizerRecipe, out: Path, quiet: bool) -> Path:
     """Trains, leaving the whole recipe beside the state, ready for --recipe."""
+    path = out / "recipe.json"
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: --out is a folder")
     if not (out / "state.safetensors").exists():
+        content = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        if path.exists() and read_json(path) != content:
+            raise UsageError(f"{path} exists and is another recipe than this run's: give another --out")
+        if not path.exists() and (out / "model").exists():
+            raise UsageError(f"{out / 'model'} exists, of no run that could go on: give another --out")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "recipe.json", dataclasses.asdict(recipe))
+        write_json(path, content)
     if not quiet:
         parameters = sum(p.numel() for p in task.model.parameters())
         print(f"{parameters / 1e6:.1f} M parameters, {task.describe()['pictures']} pictures", file=sys.stderr)
@@ -125,6 +135,15 @@ def _conditioning(recipe: Recipe, data: TokenDataset) -> Conditioning:
     return Conditioning(text_encoder=load_text_encoder(recipe.text_encoder), text_encoder_name=recipe.text_encoder)
 
 
+def _shape(grid: tuple[int, ...]) -> str:
+    return "x".join(map(str, grid))
+
+
+def _same_codes(a: VQGAN, b: VQGAN) -> bool:
+    """Whether a token means the same to both: their decoders may differ."""
+    return torch.equal(a.quantize.codebook, b.quantize.codebook)
+
+
 def run_train(data: Path, tokenizer: Path, out: Path, recipe: Recipe, quiet: bool, start: str | None = None) -> Path:
     """Trains a transformer by a recipe, from the weights of the pipeline `start` (a folder or a name) where it is
     given, whose shape, text encoder and classes then replace the recipe's; returns the pipeline folder."""
@@ -140,10 +159,16 @@ def run_train(data: Path, tokenizer: Path, out: Path, recipe: Recipe, quiet: boo
     network = load_tokenizer(tokenizer)
     if tokens.manifest.tokenizer_sha256 != read_config(tokenizer)["sha256"]["tokenizer.safetensors"]:
         raise UsageError(f"{data}: these tokens were made with another tokenizer than {tokenizer}")
+    if begin and not _same_codes(begin.tokenizer, network):
+        raise UsageError(f"{start} reads the tokens of another tokenizer than {tokenizer}: tokenize with its own, or "
+                         "train without --start")
     tokens.verify()
     condition = _conditioning(recipe, tokens)
     if begin and list(condition.class_names) != (begin.class_names or []):
         raise UsageError(f"{data}: its classes are not those of {start}: train without --start")
+    if begin and begin.transformer.config.grid != tuple(tokens.grid):
+        raise UsageError(f"{data}: {_shape(tokens.grid)} tokens a picture, and {start} draws "
+                         f"{_shape(begin.transformer.config.grid)}: train without --start")
     model = dataclasses.replace(recipe.transformer, grid=tokens.grid, codebook_size=tokens.codebook_size,
                                 classes=len(condition.class_names))
     steps = min(recipe.sampler.num_inference_steps, model.tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -201,8 +202,9 @@ class _Run:
     def resume(self) -> bool:
         """Takes up the state in `out`, if there is one; UsageError where it belongs to a run with other settings."""
         path = self.out / "state.safetensors"
-        for stale in self.out.glob(f".{path.name}.*.tmp"):  # of a run killed while it wrote
-            stale.unlink()
+        for name in (path.name, "model", "metrics.jsonl", "samples-*.png"):  # of a run killed while it wrote
+            for stale in (*self.out.glob(f".{name}.*.tmp"), *self.out.glob(f".{name}.*.old")):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if not path.exists():
             return False
         tensors, metadata = read_tensors(path)
@@ -242,7 +244,7 @@ class _Run:
             file.write(json.dumps(record) + "\n")
 
     def trim_log(self) -> None:
-        """Drops the lines a killed run wrote after its last checkpoint."""
+        """Drops the lines a run wrote after its last checkpoint: of one that was killed, or whose state is gone."""
         path = self.out / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines()
@@ -285,8 +287,9 @@ def train(task: Task, config: RunConfig, out: Path, quiet: bool = False) -> Path
     if config.threads:
         torch.set_num_threads(config.threads)
     run = _Run(task, config, out)
-    if run.resume():
-        run.trim_log()
+    resumed = run.resume()
+    run.trim_log()
+    if resumed:
         print(f"going on from step {run.step} of {out}", file=sys.stderr)
     signals: list[int] = []
     previous = {s: signal.signal(s, lambda number, _: signals.append(number))

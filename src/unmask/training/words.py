@@ -94,10 +94,13 @@ def emojibase_words(path: str | Path) -> list[str]:
     if path.suffix == ".json":
         text = path.read_bytes()
     else:
-        with tarfile.open(path) as archive:
-            member = archive.extractfile("package/en/data.json")
-            assert member is not None  # a regular file, else KeyError above
-            text = member.read()
+        try:
+            with tarfile.open(path) as archive:
+                member = archive.extractfile("package/en/data.json")
+                assert member is not None  # a regular file, else KeyError above
+                text = member.read()
+        except (tarfile.ReadError, KeyError):
+            raise ValueError(f"{path}: not the npm archive of emojibase-data (no package/en/data.json in it)") from None
     records = json.loads(text)
     return sorted(
         {word for r in records for part in (r["label"], *r.get("tags", ())) for word in split_words(part)}
