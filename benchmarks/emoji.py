@@ -44,14 +44,15 @@ def retrieval(source: ImageSource, extractor: Extractor, arguments: argparse.Nam
     result: dict[str, Any] = {"ceiling": measure.ceiling(pipes[0]), "models": []}
     print("ceiling", json.dumps(result["ceiling"]), flush=True)
     for pipe in pipes:
+        pipe.batch_invariant = False
         training = pipe.config.get("training", {})
         found: dict[str, Any] = {"model_hash": pipe.model_hash, "training_steps": training.get("steps")}
-        for temperature in arguments.temperature:
-            for scale in arguments.guidance_scale:
-                name = f"temperature {temperature}, guidance {scale}"
-                found[name] = measure.model(pipe, temperature=temperature, guidance_scale=scale,
-                                            num_inference_steps=arguments.steps[0])
-                print(pipe.name, found["training_steps"], name, json.dumps(found[name]), flush=True)
+        axes = (arguments.orders or [pipe.settings.order], arguments.temperature, arguments.guidance_scale)
+        for order, temperature, scale in itertools.product(*axes):
+            name = f"{order}, temperature {temperature}, guidance {scale}"
+            found[name] = measure.model(pipe, order=order, temperature=temperature, guidance_scale=scale,
+                                        r_temp=arguments.r_temp, num_inference_steps=arguments.steps[0])
+            print(pipe.name, found["training_steps"], name, json.dumps(found[name]), flush=True)
         result["models"].append(found)
     return result
 
@@ -97,7 +98,8 @@ def frechet(source: ImageSource, extractor: Extractor, arguments: argparse.Names
         choice = pool[torch.randint(len(pool), (len(rows), real_tokens.shape[1]), generator=generator)]
         shuffled[rows] = real_tokens.gather(0, choice)
     record("baseline: the class's own tokens, position by position", shuffled)
-    axes = (arguments.steps, arguments.orders, arguments.temperature, arguments.guidance_scale)
+    orders = ["halton", "confidence", "random", "raster"] if arguments.orders is None else arguments.orders
+    axes = (arguments.steps, orders, arguments.temperature, arguments.guidance_scale)
     for steps, order, temperature, scale in itertools.product(*axes):
         settings = Settings(num_inference_steps=steps, order=order, temperature=temperature, guidance_scale=scale,
                             r_temp=arguments.r_temp)
@@ -119,8 +121,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=96)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--steps", type=int, nargs="+", default=[16])
-    parser.add_argument("--orders", nargs="*", default=["halton", "confidence", "random", "raster"],
-                        help="without a name, only the ceiling and the baseline are measured")
+    parser.add_argument("--orders", nargs="*", help="frechet: the four of the paper, and without a name only the "
+                                                    "ceiling and the baseline; retrieval: the model's own")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.8])
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[2.0])
     parser.add_argument("--r-temp", type=float, default=Settings.r_temp)
