@@ -66,9 +66,9 @@ def test_training_commands(tmp_path: Path) -> None:
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     training = [c for c in commands() if "runs/" in c]
     assert [c.split()[1] for c in training] == ["train-tokenizer", "train-tokenizer", "tokenize", "train", "train",
-                                               "generate", "evaluate"]
+                                               "train", "generate", "evaluate"]
     for command in training:
-        words = shlex.split(command)[1:]
+        words = shlex.split(re.sub(r" --steps \d+", "", command))[1:]
         short = ["--quiet", *(["--steps", "2"] if words[0].startswith("train") else []),
                  *(["--images", "12", "--allow-few", "--split", "held-pair"] if words[0] == "evaluate" else [])]
         result = run(["-m", "unmask.cli", *words, *short], tmp_path)
