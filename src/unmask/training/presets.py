@@ -79,7 +79,7 @@ def emoji() -> Recipe:
     run = RunConfig(steps=2_400, batch_size=64, learning_rate=5e-3, warmup_steps=200, decay="trapezoid",
                     optimizer="muon", betas=(0.9, 0.98), weight_decay=0.01, ema=0.998, checkpoint_every=250,
                     sample_every=1000)
-    return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=3.0, temperature=0.7),
+    return Recipe(model, MaskObjective(), run, Settings(num_inference_steps=16, guidance_scale=2.0, temperature=0.45),
                   text_encoder="words", codebook_start=True)
 
 
